@@ -1,0 +1,50 @@
+"""spolia: new ability out of trained models instead of raw data.
+
+The public doors are imported when they are first used, so `import spolia` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_DOORS = {
+    "merge": "spolia.runs.verbs",
+    "plan": "spolia.runs.verbs",
+    "run": "spolia.runs.verbs",
+    "report": "spolia.runs.verbs",
+    "load_recipe": "spolia.runs.recipe",
+    "Recipe": "spolia.runs.recipe",
+    "SpoliaError": "spolia.errors",
+    "Journal": "spolia.core.journal",
+    "Expert": "spolia.parts.expert",
+    "ExpertPool": "spolia.parts.expert",
+    "TaskVector": "spolia.parts.taskvector",
+}
+
+if TYPE_CHECKING:
+    from spolia.core.journal import Journal as Journal
+    from spolia.errors import SpoliaError as SpoliaError
+    from spolia.parts.expert import Expert as Expert
+    from spolia.parts.expert import ExpertPool as ExpertPool
+    from spolia.parts.taskvector import TaskVector as TaskVector
+    from spolia.runs.recipe import Recipe as Recipe
+    from spolia.runs.recipe import load_recipe as load_recipe
+    from spolia.runs.verbs import merge as merge
+    from spolia.runs.verbs import plan as plan
+    from spolia.runs.verbs import report as report
+    from spolia.runs.verbs import run as run
+
+__all__ = ["__version__", *_DOORS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DOORS:
+        return getattr(import_module(_DOORS[name]), name)
+    raise AttributeError(f"module 'spolia' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

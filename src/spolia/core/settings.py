@@ -1,0 +1,37 @@
+"""Settings of a method: a frozen pydantic model whose every field says its unit and where its default comes from."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PerModel = float | tuple[float, ...]
+"""One number for all experts, or one for each in the pool's order."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MergeSettings(Settings):
+    """Settings of a merge that needs no data, with what it asks of the pool."""
+
+    base: ClassVar[str] = "required"  # required | optional | unused
+    experts: ClassVar[tuple[int, int | None]] = (1, None)  # fewest and most experts
+
+
+def setting(default: Any, help: str, *, source: str, unit: str = "", **limits: Any) -> Any:
+    """A field with its description, unit (empty: a plain number or word) and the source of its default."""
+    return Field(default, description=help, json_schema_extra={"unit": unit, "source": source}, **limits)
+
+
+def each(value: PerModel, count: int) -> tuple[float, ...]:
+    """`value` for every one of `count` experts; a sequence of another length is a ValueError."""
+    if isinstance(value, int | float):
+        return (float(value),) * count
+    if len(value) != count:
+        raise ValueError(f"{len(value)} values for {count} experts")
+    return tuple(float(v) for v in value)
