@@ -1,0 +1,92 @@
+"""The exact r-th largest magnitude of a stream, by histograms of float bits.
+
+The bits of |x| read as an integer sort like the floats. A histogram of the highest 16 bits finds the bucket that holds
+the wanted rank, one of the next 16 bits inside that bucket finds the next bits, and so on: two sweeps for fp32, four for
+fp64, a few hundred kB whatever the size, exact always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spolia.core.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Count = Callable[["Tensor", "Tensor"], None]
+Sweep = Callable[[Count, "Tensor"], None]
+BINS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The magnitude at a rank; `quota` of the `ties` elements that equal it belong to the top."""
+
+    value: float
+    quota: int
+    ties: int
+
+
+def cuts(sweep: Sweep, ranks: Sequence[Sequence[int]], dtype: torch.dtype) -> list[list[Cut]]:
+    """Per row, the magnitudes at the given ranks (1 is the largest).
+
+    `sweep(count, totals)` must call `count(block, totals)`, which adds to the int64 totals, for every block [rows, n] of
+    the stream (fp32 or fp64); workers may count into totals of their own that are added up. Ranks lie in 1..length.
+    """
+    wide = dtype == torch.float64
+    queries = [(row, rank) for row, wanted in enumerate(ranks) for rank in wanted]
+    if not queries:
+        return [[] for _ in ranks]
+    prefix = [0] * len(queries)
+    left = [rank for _, rank in queries]
+    ties = [0] * len(queries)
+    shifts = (48, 32, 16, 0) if wide else (16, 0)
+    for shift in shifts:
+        wanted = sorted({(row, prefix[q]) for q, (row, _) in enumerate(queries)})
+        counts = torch.zeros(len(wanted), BINS, dtype=torch.int64)
+        sweep(_counter(wanted, shift, first=shift == shifts[0]), counts)
+        from_top = counts.flip(1).cumsum(1)  # [wanted, bins]; how many lie at or above each bin
+        for q, (row, _) in enumerate(queries):
+            line = wanted.index((row, prefix[q]))
+            above = int(torch.searchsorted(from_top[line], left[q]))
+            bucket = BINS - 1 - above
+            left[q] -= int(from_top[line, above - 1]) if above else 0
+            ties[q] = int(counts[line, bucket])
+            prefix[q] = prefix[q] << 16 | bucket
+    integer = torch.int64 if wide else torch.int32
+    values = torch.tensor(prefix, dtype=integer).view(dtype).tolist()
+    answers = iter(Cut(value, quota, tie) for value, quota, tie in zip(values, left, ties, strict=True))
+    return [[next(answers) for _ in wanted] for wanted in ranks]
+
+
+def _counter(wanted: list[tuple[int, int]], shift: int, first: bool) -> Count:
+    def count(block: Tensor, totals: Tensor) -> None:
+        bits = block.view(torch.int64 if block.dtype == torch.float64 else torch.int32)
+        for line, (row, prefix) in enumerate(wanted):
+            if first:  # the sign bit goes
+                found = torch.bincount((bits[row] >> shift).bitwise_and_(0x7FFF), minlength=1 << 15)
+                totals[line, : 1 << 15] += found
+            else:  # only elements that share the bits found so far
+                array, above = bits[row].numpy(), shift + 16
+                same = (array & (((1 << 8 * array.itemsize - 1) - 1) >> above << above)) == prefix << above
+                lower = torch.from_numpy(array[same])
+                if len(lower):
+                    totals[line] += torch.bincount((lower >> shift).bitwise_and_(BINS - 1), minlength=BINS)
+
+    return count
+
+
+def ranks_in_rows(magnitudes: Tensor) -> Tensor:
+    """Rank of each element in its row, 0 for the smallest, equal ones in index order. [rows, n] -> int32 [rows, n]."""
+    rows, n = magnitudes.shape
+    if magnitudes.dtype == torch.float64:
+        order = magnitudes.argsort(dim=1, stable=True)
+    else:  # bits above, index below: one plain sort of integers, several times faster than an argsort
+        keys = (magnitudes.view(torch.int32).to(torch.int64) << 32).bitwise_or_(torch.arange(n))
+        keys.numpy().sort(axis=1)
+        order = keys.bitwise_and_(0xFFFFFFFF)
+    places = torch.arange(n, dtype=torch.int32).expand(rows, n)
+    return torch.empty(rows, n, dtype=torch.int32).scatter_(1, order, places)
