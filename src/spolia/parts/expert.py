@@ -1,0 +1,192 @@
+"""Experts: trained models with a name, a task and the rights we have over them; and the pool they form.
+
+`Weights` is the right to read tensors, nothing more: no forward pass, no data. It streams from a checkpoint folder or
+from tensors already in memory; the base and the experts of a pool may come from either.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spolia.core.checkpoint import Checkpoint, Dtype, storage
+from spolia.core.stream import FilePlane, Plane, TensorPlane
+from spolia.errors import Problems, SpoliaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as its owner describes it. Entries with the same `storage` share memory (tied weights)."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    storage: object = None
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.size
+
+
+class Weights:
+    """The right to read a model's tensors. `entries` is known without reading any of them."""
+
+    def __init__(self, entries: Mapping[str, Entry], config: Mapping[str, Any] | None = None):
+        self.entries = dict(entries)
+        self.config = dict(config) if config is not None else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def plane(self, name: str, model: str) -> Plane:
+        """Tensor `name` for reading; `model` is what errors call its owner."""
+        raise AssertionError("a Weights comes from files or from memory")
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keeps what `plane` needs open; checks on leaving that nothing changed meanwhile."""
+        yield
+
+
+class MemoryWeights(Weights):
+    """A state dict in memory. Tensors that share storage, shape and strides are tied."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        for name, tensor in tensors.items():
+            if not hasattr(tensor, "untyped_storage"):
+                raise SpoliaError(
+                    f"`{name}` is a {type(tensor).__name__}, not a tensor", mend="pass a plain state dict"
+                )
+        self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        entries = {}
+        for name, tensor in self.tensors.items():
+            place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) if tensor.numel() else None
+            entries[name] = Entry(storage(tensor), tuple(tensor.shape), place)
+        super().__init__(entries)
+
+    def plane(self, name: str, model: str) -> Plane:
+        tensor = self.tensors[name]
+        return TensorPlane(model, self.entries[name].dtype, tensor.cpu().contiguous().reshape(-1))
+
+
+class FileWeights(Weights):
+    """A checkpoint on disk, read with positional reads: safe from several threads, nothing mapped."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        entries = {name: Entry(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+        super().__init__(entries, checkpoint.config)
+        self._fds: dict[Path, int] = {}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> FileWeights:
+        return cls(Checkpoint.open(path))
+
+    def plane(self, name: str, model: str) -> Plane:
+        info = self.checkpoint.tensors[name]
+        return FilePlane(model, info, self._fds[info.file])
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        try:
+            for file in self.checkpoint.files:
+                self._fds[file] = os.open(file, os.O_RDONLY)
+            self._unchanged()
+            yield
+            self._unchanged()
+        finally:
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds = {}
+
+    def _unchanged(self) -> None:
+        seen = {name: (size, mtime) for name, size, mtime, _ in self.checkpoint.fingerprint}
+        for file, fd in self._fds.items():
+            for stat in (os.fstat(fd), file.stat()):
+                if (stat.st_size, stat.st_mtime_ns) != seen[file.name]:
+                    raise SpoliaError("changed while it was read", where=str(file), mend="run the command again")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One trained model we are given."""
+
+    name: str
+    weights: Weights
+    task: str = ""
+
+
+@dataclass
+class ExpertPool:
+    """The experts of a problem in a fixed order, optionally with the base they started from."""
+
+    experts: list[Expert]
+    base: Expert | None = None
+    config: dict[str, Any] | None = field(default=None)
+
+    @property
+    def models(self) -> list[Expert]:
+        """The base first, if there is one, then the experts."""
+        return ([self.base] if self.base is not None else []) + self.experts
+
+    @classmethod
+    def of(cls, experts: Mapping[str, Any] | list[Any], base: Any = None) -> ExpertPool:
+        """From paths, modules or state dicts (a mapping names them). Every bad member is reported at once."""
+        named = (
+            experts.items()
+            if isinstance(experts, Mapping)
+            else [(_name(e, f"expert {i}"), e) for i, e in enumerate(experts)]
+        )
+        problems = Problems()
+        pool = cls([])
+        for name, given in named:
+            if (weights := _weights(given, name, problems)) is not None:
+                pool.experts.append(Expert(name, weights))
+        if base is not None and (weights := _weights(base, "base", problems)) is not None:
+            pool.base = Expert(_name(base, "base"), weights)
+        problems.raise_if_any()
+        return pool
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        from contextlib import ExitStack
+
+        with ExitStack() as stack:
+            for weights in {id(m.weights): m.weights for m in self.models}.values():
+                stack.enter_context(weights.opened())
+            yield
+
+
+def _name(given: Any, otherwise: str) -> str:
+    return Path(given).name or str(given) if isinstance(given, str | os.PathLike) else otherwise
+
+
+def _weights(given: Any, name: str, problems: Problems) -> Weights | None:
+    try:
+        if isinstance(given, Weights):
+            return given
+        if isinstance(given, str | os.PathLike):
+            return FileWeights.open(given)
+        if isinstance(given, Mapping):
+            return MemoryWeights(given)
+        if hasattr(given, "state_dict"):
+            return MemoryWeights(given.state_dict())
+        problems.add(name, f"a {type(given).__name__} is no model", "pass a folder, a module or a state dict")
+    except SpoliaError as error:
+        for problem in error.problems:
+            problems.add(problem.where or name, problem.what, problem.mend)
+    return None

@@ -1,0 +1,258 @@
+"""A merge as work for several threads: tensors in parts, read, merged, checked, cast once and handed to a sink."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from spolia.core.checkpoint import Dtype
+from spolia.core.lazy import torch
+from spolia.core.settings import MergeSettings
+from spolia.core.stream import BLOCK, Stack, Stopped, in_parallel, worker_bytes
+from spolia.errors import SpoliaError
+from spolia.parts.align import Aligned
+from spolia.parts.expert import ExpertPool
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PART = 32 * BLOCK  # elements of one unit of work where a tensor may be split
+SettingsFor = Callable[[str], MergeSettings]
+Rule = Callable[..., Iterator[tuple[Any, "Tensor"]]]
+
+
+class Sink(Protocol):
+    """Where merged elements go; called from several threads, each element once."""
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Elements start: of tensor `name`, in their final type."""
+        ...
+
+    def done(self, part: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements start:stop of tensor number `index`."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.index}:{self.start}"
+
+
+@dataclass
+class Merge:
+    """Everything a merge needs once the models are known to fit. Use inside `pool.opened()`."""
+
+    pool: ExpertPool
+    tensors: Sequence[Aligned]
+    rule: Rule
+    survey: Callable[..., Any] | None
+    settings_for: SettingsFor
+    dtypes: dict[str, Dtype]  # output type by name
+    seed: int = 0
+    threads: int = 1
+    memory: int = 1_000_000_000  # bytes for blocks and what methods keep between sweeps
+    allow_nonfinite: bool = False
+
+    def settings(self, tensor: Aligned) -> MergeSettings:
+        """The tensor's settings, per-model fields reduced to the experts that have it."""
+        settings = self.settings_for(tensor.name)
+        if len(tensor.places) == len(self.pool.experts):
+            return settings
+        narrowed = {
+            field: tuple(value[p] for p in tensor.places)
+            for field in type(settings).model_fields
+            if isinstance(value := getattr(settings, field), tuple)
+        }
+        return settings.model_copy(update=narrowed) if narrowed else settings
+
+    def parts(self) -> list[Part]:
+        """Units of work, largest first; the same list for the same request."""
+        parts = []
+        for index, tensor in enumerate(self.tensors):
+            split = not tensor.arithmetic or getattr(self.settings(tensor), "elementwise", False)
+            step = PART if split else max(tensor.numel, 1)
+            parts += [Part(index, start, min(start + step, tensor.numel)) for start in range(0, tensor.numel, step)]
+        return sorted(parts, key=lambda part: part.stop - part.start, reverse=True)
+
+    def workers(self) -> int:
+        """Threads that fit the memory. SpoliaError when not even one does."""
+        return affordable_workers(self.tensors, len(self.pool.experts), self.threads, self.memory)
+
+    def run(self, sink: Sink, done: Collection[str] = (), progress: Any = None) -> None:
+        """Merge every part not in `done`. Raises what the first failing worker raised."""
+        torch.get_num_threads()  # load torch before the threads start
+        parts = [part for part in self.parts() if part.key not in done]
+        workers = self.workers()
+        found = None
+        if self.survey is not None and any(tensor.arithmetic for tensor in self.tensors):
+            found = self.survey(_Model(self, workers), self.settings_for(self.tensors[0].name))
+        counted = threading.Lock()
+
+        def work(part: Part, stop: threading.Event) -> None:
+            tensor = self.tensors[part.index]
+            if tensor.arithmetic:
+                self._merge(part, found, sink, stop, workers)
+            else:
+                self._copy(part, sink, stop)
+            sink.done(part.key)
+            if progress is not None:
+                with counted:
+                    progress.advance((part.stop - part.start) * self.dtypes[tensor.name].size)
+
+        in_parallel(parts, work, min(workers, max(len(parts), 1)))
+
+    def stack(self, tensor: Aligned, span: tuple[int, int], stop: threading.Event | None, workers: int = 1) -> Stack:
+        models = self.pool.models
+
+        def plane(where: tuple[int, str]) -> Any:
+            return models[where[0]].weights.plane(where[1], models[where[0]].name)
+
+        spare = self.memory // workers - worker_bytes(len(models))
+        return Stack(
+            tensor.name,
+            tensor.shape,
+            plane(tensor.base) if tensor.base is not None else None,
+            [plane(where) for where in tensor.experts],
+            list(tensor.places),
+            self.seed,
+            span,
+            max(spare, 0),
+            stop,
+        )
+
+    def _merge(self, part: Part, found: Any, sink: Sink, stop: threading.Event, workers: int) -> None:
+        tensor = self.tensors[part.index]
+        stack = self.stack(tensor, (part.start, part.stop), stop, workers)
+        final = getattr(torch, self.dtypes[tensor.name].torch_name)
+        settings = self.settings(tensor)
+        merged = self.rule(stack, settings) if self.survey is None else self.rule(stack, settings, found)
+        for block, values in merged:
+            cast = values if values.dtype == final else values.to(final)
+            if not self.allow_nonfinite and not bool(torch.isfinite(cast.sum(dtype=torch.float32))):
+                self._judge(stack, block, values, cast)
+            sink.write(tensor.name, block.start, cast)
+
+    def _judge(self, stack: Stack, block: Any, values: Tensor, cast: Tensor) -> None:
+        """A block's sum is not finite: find out whether an element is not, and whose fault it is."""
+        if bool(torch.isfinite(cast).all()):
+            return
+        for plane in [stack.base, *stack.experts]:
+            if plane is not None:
+                given = torch.empty(block.stop - block.start, dtype=stack.dtype)
+                plane.read(block.start, block.stop, given)
+                bad = (~torch.isfinite(given)).nonzero()
+                if len(bad):
+                    raise SpoliaError(
+                        f"tensor `{stack.name}` holds NaN or Inf, first at element {block.start + int(bad[0])}",
+                        where=plane.model,
+                        mend="this expert is broken: leave it out or get a sound copy",
+                    )
+        largest = float(values.abs().max())
+        if bool(torch.isfinite(values).all()):
+            name = str(cast.dtype).removeprefix("torch.")
+            raise SpoliaError(
+                f"the merged value {largest:g} of `{stack.name}` is too large for {name}",
+                where=stack.name,
+                mend="write bfloat16 or float32 instead (`dtype`)",
+            )
+        raise SpoliaError(
+            "the merge gives NaN or Inf though all inputs are finite",
+            where=stack.name,
+            mend="use smaller scale and weights",
+        )
+
+    def _copy(self, part: Part, sink: Sink, stop: threading.Event) -> None:
+        """Integers and what only one model has: the bits as they are."""
+        tensor = self.tensors[part.index]
+        source = tensor.base if tensor.base is not None else tensor.experts[0]
+        expert = self.pool.models[source[0]]
+        plane = expert.weights.plane(source[1], expert.name)
+        for start in range(part.start, part.stop, BLOCK):
+            if stop.is_set():
+                raise Stopped
+            end = min(start + BLOCK, part.stop)
+            out = torch.empty(end - start, dtype=getattr(torch, tensor.stored.torch_name))
+            plane.read(start, end, out)
+            sink.write(tensor.name, start, out.to(getattr(torch, self.dtypes[tensor.name].torch_name)))
+
+
+def affordable_workers(tensors: Sequence[Aligned], experts: int, threads: int, memory: int) -> int:
+    """Threads of at most `threads` whose blocks fit `memory` bytes. SpoliaError when not even one does."""
+    wide = any(t.stored.code == "F64" for t in tensors)
+    need = worker_bytes(experts, wide)
+    if memory < need:
+        raise SpoliaError(
+            f"{memory / 1e6:.0f} MB of chunk memory are too few for {experts} experts",
+            where="chunk_memory",
+            mend=f"allow at least {need / 1e6:.0f} MB",
+        )
+    return max(1, min(threads, memory // need))
+
+
+class _Model:
+    """All tensors, as a survey sees them. An expert that lacks a tensor counts as unchanged there."""
+
+    def __init__(self, merge: Merge, workers: int):
+        self._merge, self._workers = merge, workers
+        self._tensors = [t for t in merge.tensors if t.arithmetic]
+        self.sizes = [sum(t.numel for t in self._tensors)] * len(merge.pool.experts)
+
+    def dtype(self) -> torch.dtype:
+        wide = any(self._merge.stack(t, (0, 0), None).dtype == torch.float64 for t in self._tensors)
+        return torch.float64 if wide else torch.float32
+
+    def sweep(self, count: Callable[[Tensor, Tensor], None], totals: Tensor) -> None:
+        lock, dtype, experts = threading.Lock(), self.dtype(), len(self.sizes)
+
+        def work(job: tuple[Aligned, int], stop: threading.Event) -> None:
+            tensor, start = job
+            stack = self._merge.stack(tensor, (start, min(start + PART, tensor.numel)), stop)
+
+            def padded(deltas: Tensor, own: Tensor) -> None:
+                if len(stack.places) == experts and deltas.dtype == dtype:
+                    return count(deltas, own)
+                full = torch.zeros(experts, deltas.shape[1], dtype=dtype)
+                full[stack.places] = deltas.to(dtype)
+                return count(full, own)
+
+            own = torch.zeros_like(totals)
+            stack.sweep(padded, own)
+            with lock:
+                totals.add_(own)
+
+        jobs = [(t, start) for t in self._tensors for start in range(0, t.numel, PART)]
+        in_parallel(jobs, work, self._workers)
+
+    def each(self, function: Callable[[Stack], Any]) -> dict[str, Any]:
+        results: dict[str, Any] = {}
+
+        def work(tensor: Aligned, stop: threading.Event) -> None:
+            results[tensor.name] = function(self._merge.stack(tensor, (0, tensor.numel), stop))
+
+        in_parallel(sorted(self._tensors, key=lambda t: -t.numel), work, self._workers)
+        return {tensor.name: results[tensor.name] for tensor in self._tensors}
+
+
+@dataclass
+class MemorySink:
+    """Merged tensors in memory. Tied names get the very tensor they repeat."""
+
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def like(cls, aligned: Sequence[Aligned], dtypes: dict[str, Dtype]) -> MemorySink:
+        return cls({t.name: torch.empty(t.shape, dtype=getattr(torch, dtypes[t.name].torch_name)) for t in aligned})
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        self.tensors[name].view(-1)[start : start + len(values)] = values
+
+    def done(self, part: str) -> None:
+        pass
