@@ -1,0 +1,236 @@
+"""TIES, DARE, DELLA and Breadcrumbs: thin out each task vector, let the experts vote on signs, add what is left.
+
+One family, for experts that disturb each other when merely added:
+
+    kept_k = rescale(sparsify(tau_k)),   D_k = w_k kept_k
+    sign   = sign(sum_k D_k)                                         only with `elect`
+    mix    = sum_k D_k [sign(D_k) = sign] / sum_k w_k [...]          divided only with `normalize`
+    theta  = theta_0 + lambda * mix
+
+| method | keeps of a task vector | paper |
+|---|---|---|
+| ties | the `density` largest magnitudes | Yadav et al., NeurIPS 2023, arXiv 2306.01708 |
+| dare, dare_ties | each element with probability `density` | Yu et al., ICML 2024, arXiv 2311.03099 |
+| della, della_linear | likewise, with density -/+ epsilon for a row's smallest/largest | Deep et al. 2024, arXiv 2406.11617 |
+| breadcrumbs(_ties) | the `density` largest below the `gamma` largest | Davari & Belilovsky, ECCV 2024, arXiv 2312.06795 |
+
+| paper | here | | paper | here |
+|---|---|---|---|---|
+| k (TIES), 1 - p (DARE) | `density` | | gamma (TIES) | sign of the summed block |
+| lambda | `scale` | | beta, gamma (Breadcrumbs) | `gamma` |
+| disjoint mean | `normalize` | | epsilon (DELLA) | `epsilon` |
+
+Three TIES are published: the paper's (trim the whole model, disjoint mean: the default), the sum at lambda = 0.3 used
+by AdaMerging (`normalize: false, scale: 0.3`), and a trim per tensor (`scope: tensor`). Elements that equal the
+threshold: all are kept (`at_threshold: all`, as in the paper's code), or exactly as many as asked, lowest index first
+(`exact`). Departures: the paper's code keeps one element too many (`count: legacy` does) and fails at density 1; DELLA's
+window is narrowed where it would leave [0, 1]; a one-element row has the density as its probability. Data touched: none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import field_validator
+
+from spolia.core.lazy import np, torch
+from spolia.core.settings import MergeSettings, PerModel, each, setting
+from spolia.core.stream import Block, Stack
+from spolia.methods.merge.sparsifiers import Keep, Survey, by_rows, sparsifier, survey
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["survey"]
+_DENSITY = "share of each task vector that is kept"
+_TIES, _DARE, _DELLA, _CRUMBS = "Yadav et al. 2023", "Yu et al. 2024", "Deep et al. 2024", "Davari & Belilovsky 2024"
+
+
+class Sparsified(MergeSettings):
+    """What the family shares. Every per-model field takes one number, or one for each expert."""
+
+    kind: ClassVar[str]
+    elect: ClassVar[bool] = True
+
+    density: PerModel = setting(0.2, _DENSITY, source=_TIES, unit="0 to 1")
+    weight: PerModel = setting(1.0, "factor of each task vector", source=_TIES)
+    scale: float = setting(1.0, "lambda, factor of the merged task vector", source=_TIES)
+    normalize: bool = setting(True, "divide by the weights that took part", source=_TIES)
+    zero_sign: Literal["majority", "+"] = setting(
+        "majority", "sign where the votes cancel: that of most elements of the model, or plus", source=_TIES
+    )
+    rescale: Literal["none", "inverse_p", "l1"] = setting(
+        "none", "make up for what was dropped: by the probability, or by the tensor's L1 norm", source=_TIES
+    )
+
+    @field_validator("density", "gamma", "epsilon", check_fields=False)
+    @classmethod
+    def _share(cls, value: PerModel) -> PerModel:
+        if not all(0 <= v <= 1 for v in ((value,) if isinstance(value, int | float) else value)):
+            raise ValueError("must lie in 0..1")
+        return value
+
+    @property
+    def elementwise(self) -> bool:
+        """True where a tensor may be split over workers."""
+        return False
+
+
+class _Ranked(Sparsified):
+    scope: Literal["model", "tensor", "row"] = setting("tensor", "what one threshold is taken over", source=_TIES)
+    count: Literal["round", "floor", "legacy"] = setting(
+        "round", "how density * size becomes a count; legacy is the published code's floor + 1", source="nearest count"
+    )
+    at_threshold: Literal["all", "exact"] = setting(
+        "all", "elements equal to the threshold: all, or lowest index first", source=_TIES
+    )
+    gamma: PerModel = setting(0.0, "share of the largest magnitudes dropped first", source=_TIES, unit="0 to 1")
+
+    @property
+    def elementwise(self) -> bool:
+        return self.scope == "model" and self.at_threshold == "all" and self.rescale != "l1"
+
+
+class Ties(_Ranked):
+    """Settings of `ties`."""
+
+    kind: ClassVar[str] = "magnitude"
+    scope: Literal["model", "tensor", "row"] = setting("model", "what one threshold is taken over", source=_TIES)
+
+
+class Breadcrumbs(_Ranked):
+    """Settings of `breadcrumbs`."""
+
+    kind: ClassVar[str] = "magnitude"
+    elect: ClassVar[bool] = False
+    density: PerModel = setting(0.1, _DENSITY, source=f"{_CRUMBS}: 0.05 to 0.2", unit="0 to 1")
+    scale: float = setting(0.2, "lambda, factor of the summed task vectors", source=_CRUMBS)
+    normalize: bool = setting(False, "divide by the sum of the weights", source=_CRUMBS)
+    scope: Literal["model", "tensor", "row"] = setting(
+        "row", "what one threshold is taken over", source=f"{_CRUMBS}, code"
+    )
+    gamma: PerModel = setting(0.01, "share of the largest magnitudes dropped first", source=f"{_CRUMBS}: 0.001 to 0.01")
+
+
+class BreadcrumbsTies(Breadcrumbs):
+    """Settings of `breadcrumbs_ties`."""
+
+    elect: ClassVar[bool] = True
+
+
+class Dare(Sparsified):
+    """Settings of `dare`."""
+
+    kind: ClassVar[str] = "random"
+    elect: ClassVar[bool] = False
+    density: PerModel = setting(0.2, _DENSITY + ", 1 - p", source=f"{_DARE}: p from 0.7 to 0.9", unit="0 to 1")
+    scale: float = setting(0.3, "lambda, factor of the summed task vectors", source="as task_arithmetic")
+    normalize: bool = setting(False, "divide by the sum of the weights", source=_DARE)
+    rescale: Literal["none", "inverse_p", "l1"] = setting(
+        "inverse_p", "make up for what was dropped: by the probability, or by the tensor's L1 norm", source=_DARE
+    )
+
+    @property
+    def elementwise(self) -> bool:
+        return self.rescale != "l1" and not (self.elect and self.zero_sign == "majority")
+
+
+class DareTies(Dare):
+    """Settings of `dare_ties`."""
+
+    elect: ClassVar[bool] = True
+    zero_sign: Literal["majority", "+"] = setting(
+        "+", "sign where the votes cancel", source="votes of random subsets rarely cancel"
+    )
+
+
+class Della(Sparsified):
+    """Settings of `della`."""
+
+    kind: ClassVar[str] = "magprune"
+    density: PerModel = setting(0.3, _DENSITY + ", 1 - p", source=_DELLA, unit="0 to 1")
+    scale: float = setting(1.1, "lambda, factor of the merged task vector", source=f"{_DELLA}, code")
+    zero_sign: Literal["majority", "+"] = setting(
+        "+", "sign where the votes cancel", source="votes of random subsets rarely cancel"
+    )
+    epsilon: PerModel = setting(0.07, "half the spread of the keep-probability", source=f"{_DELLA}, code: window 0.14")
+    rescale: Literal["none", "inverse_p", "l1"] = setting(
+        "inverse_p",
+        "make up for what was dropped: by each element's probability, or by the tensor's L1 norm",
+        source=_DELLA,
+    )
+
+
+class DellaLinear(Della):
+    """Settings of `della_linear`."""
+
+    elect: ClassVar[bool] = False
+    scale: float = setting(0.3, "lambda, factor of the summed task vectors", source="as task_arithmetic")
+    normalize: bool = setting(False, "divide by the sum of the weights", source="as task_arithmetic")
+
+
+def sparsified(stack: Stack, settings: Sparsified, survey: Survey | None = None) -> Iterator[tuple[Block, Tensor]]:
+    """Merged blocks of one tensor: [n] each. `survey` holds model-wide thresholds where the scope asks for them."""
+    share = torch.tensor(each(settings.weight, len(stack.experts)), dtype=stack.dtype).unsqueeze(1)  # [experts, 1]
+    sweep = sparsifier(stack, settings, survey)
+    factor = share
+    if settings.rescale == "l1":
+        ratio, sweep = _l1_ratio(stack, settings, sweep)
+        factor = share * ratio
+    tie_sign = survey.majority if survey is not None and settings.zero_sign == "majority" else 1.0
+    keep = sweep()
+    for block in stack.blocks(by_rows(settings)):
+        changes = keep(block, block.deltas()).mul_(factor)  # [experts, n]
+        if settings.elect:
+            mix = _agreed(changes, share, settings.normalize, tie_sign)
+        else:
+            total = float(share.sum())
+            mix = changes.sum(0).div_(total if settings.normalize and abs(total) >= 1e-8 else 1.0)
+        assert block.base is not None
+        yield block, block.base.add_(mix, alpha=settings.scale)
+
+
+def _l1_ratio(stack: Stack, settings: Sparsified, sweep: Callable[[], Keep]) -> tuple[Tensor, Callable[[], Keep]]:
+    """|tau_k|_1 / |kept_k|_1 of the whole tensor, [experts, 1], and a sweep that remembers what was kept if memory allows."""
+    before = torch.zeros(len(stack.experts), dtype=torch.float64)
+    after = torch.zeros(len(stack.experts), dtype=torch.float64)
+    remember = stack.numel * len(stack.experts) // 8 <= stack.spare_bytes
+    kept_bits: dict[int, np.ndarray] = {}
+    keep = sweep()
+    for block in stack.blocks(by_rows(settings)):
+        deltas = block.deltas()
+        before += deltas.abs().sum(1)
+        kept = keep(block, deltas)
+        after += kept.abs().sum(1)
+        if remember:
+            kept_bits[block.start] = np.packbits(kept.numpy() != 0, axis=1)
+    ratio = torch.where((before < 1e-7) | (after < 1e-7), 1.0, before / after).to(stack.dtype).unsqueeze(1)
+
+    def again(block: Block, deltas: Tensor) -> Tensor:
+        bits = np.unpackbits(kept_bits[block.start], axis=1, count=deltas.shape[1])
+        np.multiply(deltas.numpy(), bits, out=deltas.numpy())
+        return deltas
+
+    return ratio, (lambda: again) if remember else sweep
+
+
+def _agreed(changes: Tensor, share: Tensor, normalize: bool, tie_sign: float) -> Tensor:
+    """Sum (or weighted mean) over the experts whose change has the elected sign. [experts, n] -> [n]
+
+    Comparisons and masks cost several times a multiplication, so signs do the selecting.
+    """
+    votes = changes.sum(0)
+    one = torch.ones((), dtype=votes.dtype)
+    # A cancelled vote is +0, so copysign counts it as plus; 0 - votes is +0 too, so this way it counts as minus.
+    sign = torch.copysign(one, votes) if tie_sign > 0 else torch.copysign(one, 0 - votes).neg_()
+    agreeing = changes.mul_(sign).clamp_(min=0)
+    mix = agreeing.sum(0).mul_(sign)
+    if normalize:
+        weights = agreeing.sign_().mul_(share).sum(0)
+        if bool((share > 0).all()):
+            weights.clamp_(min=torch.finfo(weights.dtype).tiny)  # nobody agreed: mix is 0 there
+        else:
+            weights.masked_fill_(weights == 0, 1.0)
+        mix.div_(weights)
+    return mix
