@@ -1,0 +1,113 @@
+"""YAML whose every value remembers its line, so that an error can say `recipe.yaml:4 method.density`.
+
+`load` reads with the safe constructors only, refuses duplicate keys, and gives plain values beside a table of lines.
+YAML 1.1 reads `3e-4` as text; here it is a number, as everybody who writes it means.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from spolia.errors import Problems, SpoliaError
+
+Path = tuple[str | int, ...]
+_DEEPEST, _LARGEST = 40, 100_000  # aliases can make a short text grow without bound
+_FLOAT = re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+
+
+@dataclass
+class Marked:
+    """A document: `value` is plain Python; `lines[path]` is the line (from 1) where the key or item at `path` stands."""
+
+    name: str
+    value: Any
+    lines: dict[Path, int] = field(default_factory=dict)
+
+    def where(self, path: Path = ()) -> str:
+        """`file:line a.b[0].c` of the deepest known prefix of `path`."""
+        known = path
+        while known and known not in self.lines:
+            known = known[:-1]
+        line = self.lines.get(known)
+        place = f"{self.name}:{line}" if line else self.name
+        return f"{place} {dotted(path)}".rstrip()
+
+
+def dotted(path: Path) -> str:
+    """`('models', 0, 'weight')` as `models[0].weight`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else str(part))
+    return text
+
+
+def load(text: str, name: str = "recipe") -> Marked:
+    """The first document of `text`. Raises SpoliaError with the line on bad syntax, duplicate keys, or unsafe tags."""
+    documents = load_all(text, name)
+    if len(documents) > 1:
+        raise SpoliaError(f"{len(documents)} documents in one file", where=name, mend="keep one recipe a file")
+    return documents[0] if documents else Marked(name, None)
+
+
+def load_all(text: str, name: str = "recipe") -> list[Marked]:
+    """Every document of `text`, in order."""
+    try:
+        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{name}:{mark.line + 1}" if mark else name
+        problem = getattr(error, "problem", None) or str(error)
+        raise SpoliaError(f"not valid YAML: {problem}", where=place, mend=_syntax_hint(text, mark)) from None
+    documents, problems = [], Problems()
+    for node in nodes:
+        document = Marked(name, None)
+        if node is not None:
+            document.value = _build(node, (), document, problems, depth=0)
+        documents.append(document)
+    problems.raise_if_any()
+    return documents
+
+
+def _syntax_hint(text: str, mark: Any) -> str:
+    if mark is not None and mark.line < len(text.splitlines()) and "\t" in text.splitlines()[mark.line]:
+        return "YAML wants spaces, not tabs, for indentation"
+    return "check indentation, colons and quotes near this line"
+
+
+def _build(node: yaml.Node, path: Path, document: Marked, problems: Problems, depth: int) -> Any:
+    document.lines.setdefault(path, node.start_mark.line + 1)
+    if depth > _DEEPEST or len(document.lines) > _LARGEST:
+        raise SpoliaError("too large or too deeply nested", where=document.name, mend="check its aliases (`*name`)")
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = _scalar(key_node, document, path) if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None or isinstance(key, bool | float):
+                key = getattr(key_node, "value", None)
+            key = str(key)
+            here = (*path, key)
+            document.lines[here] = key_node.start_mark.line + 1
+            if key in result:
+                problems.add(document.where(here), "the key is written twice", "keep one of the two")
+            result[key] = _build(value_node, here, document, problems, depth + 1)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, (*path, i), document, problems, depth + 1) for i, item in enumerate(node.value)]
+    assert isinstance(node, yaml.ScalarNode)
+    return _scalar(node, document, path)
+
+
+def _scalar(node: yaml.ScalarNode, document: Marked, path: Path) -> Any:
+    if node.tag.startswith("tag:yaml.org,2002:python") or node.tag.startswith("!"):
+        raise SpoliaError(
+            f"the tag `{node.tag}` is not allowed", where=document.where(path), mend="write a plain value"
+        )
+    if node.tag == "tag:yaml.org,2002:str":
+        return float(node.value.replace("_", "")) if node.style is None and _FLOAT.match(node.value) else node.value
+    if node.tag == "tag:yaml.org,2002:timestamp":
+        return node.value  # a model called 2024-01-01 is a name
+    return yaml.SafeLoader("").construct_object(node)
