@@ -188,7 +188,7 @@ def warnings_of(pool: ExpertPool) -> list[Problem]:
     """What headers show to be odd without being wrong."""
     found = []
     for model in pool.models:
-        unlisted = getattr(getattr(model.weights, "checkpoint", None), "unlisted", [])
+        unlisted = model.weights.checkpoint.unlisted if model.weights.checkpoint is not None else []
         if unlisted:
             found.append(
                 Problem(model.name, f"{len(unlisted)} tensors lie in shards but not in the index, e.g. `{unlisted[0]}`")

@@ -47,6 +47,7 @@ class Weights:
     def __init__(self, entries: Mapping[str, Entry], config: Mapping[str, Any] | None = None):
         self.entries = dict(entries)
         self.config = dict(config) if config is not None else None
+        self.checkpoint: Checkpoint | None = None  # where they lie, if on disk
 
     @property
     def nbytes(self) -> int:
@@ -87,9 +88,9 @@ class FileWeights(Weights):
     """A checkpoint on disk, read with positional reads: safe from several threads, nothing mapped."""
 
     def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
         entries = {name: Entry(info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
         super().__init__(entries, checkpoint.config)
+        self.checkpoint = self._checkpoint = checkpoint
         self._fds: dict[Path, int] = {}
 
     @classmethod
@@ -97,13 +98,13 @@ class FileWeights(Weights):
         return cls(Checkpoint.open(path))
 
     def plane(self, name: str, model: str) -> Plane:
-        info = self.checkpoint.tensors[name]
+        info = self._checkpoint.tensors[name]
         return FilePlane(model, info, self._fds[info.file])
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         try:
-            for file in self.checkpoint.files:
+            for file in self._checkpoint.files:
                 self._fds[file] = os.open(file, os.O_RDONLY)
             self._unchanged()
             yield
@@ -114,7 +115,7 @@ class FileWeights(Weights):
             self._fds = {}
 
     def _unchanged(self) -> None:
-        seen = {name: (size, mtime) for name, size, mtime, _ in self.checkpoint.fingerprint}
+        seen = {name: (size, mtime) for name, size, mtime, _ in self._checkpoint.fingerprint}
         for file, fd in self._fds.items():
             for stat in (os.fstat(fd), file.stat()):
                 if (stat.st_size, stat.st_mtime_ns) != seen[file.name]:

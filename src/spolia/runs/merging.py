@@ -114,6 +114,11 @@ def fit_pool(method: Method, pool: ExpertPool, problems: Problems) -> None:
         )
 
 
+def _checkpoint(model: Expert) -> Checkpoint:
+    assert model.weights.checkpoint is not None  # requests name models on disk
+    return model.weights.checkpoint
+
+
 def output_dtypes(aligned: list[Aligned], wanted: str | None) -> dict[str, Dtype]:
     """The stored type of each tensor, or the wanted one for those that hold numbers."""
     return {t.name: BY_TORCH_NAME[wanted] if wanted and t.stored.floating else t.stored for t in aligned}
@@ -121,8 +126,7 @@ def output_dtypes(aligned: list[Aligned], wanted: str | None) -> dict[str, Dtype
 
 def _check_target(out: Path, layout: Layout, pool: ExpertPool, problems: Problems) -> None:
     for model in pool.models:
-        checkpoint: Checkpoint = model.weights.checkpoint  # type: ignore[attr-defined]
-        if out.resolve() == checkpoint.folder.resolve():
+        if out.resolve() == _checkpoint(model).folder.resolve():
             problems.add(str(out), f"is the folder of {model.name}", "write the merged model somewhere else")
     partial = out.with_name(out.name + ".partial")
     held = sum(f.stat().st_blocks * 512 for f in partial.iterdir() if f.is_file()) if partial.is_dir() else 0
@@ -186,7 +190,7 @@ def describe(prepared: Prepared, out: Path | None, chunk_memory: int, threads: i
 def _input(model: Expert, role: str) -> Input:
     weights = model.weights
     kinds = dict(Counter(entry.dtype.torch_name for entry in weights.entries.values()))
-    return Input(model.name, str(weights.checkpoint.path), role, len(weights.entries), weights.nbytes, kinds)  # type: ignore[attr-defined]
+    return Input(model.name, str(_checkpoint(model).path), role, len(weights.entries), weights.nbytes, kinds)
 
 
 def run_merge(
@@ -198,7 +202,7 @@ def run_merge(
     threads: int | None = None,
     overwrite: bool = False,
     progress: Any = None,
-    card: Callable[[Prepared], str] | None = None,
+    card: Callable[[Prepared, str], str] | None = None,
 ) -> Path:
     """Merge into the folder `out`, which appears when it is whole. The same call goes on after a kill, with equal bits."""
     prepared = prepare(request, out, max_shard_size)
@@ -252,7 +256,7 @@ def _key(prepared: Prepared) -> str:
     """Digest of everything the output depends on: only the same merge of the same files is gone on with."""
     request, pool = prepared.request, prepared.pool
     parts: list[Any] = [version("spolia"), request.method.name, request.seed, request.on_size_mismatch]
-    parts += [[m.name, m.weights.checkpoint.fingerprint] for m in pool.models]  # type: ignore[attr-defined]
+    parts += [[m.name, _checkpoint(m).fingerprint] for m in pool.models]
     parts += [[t.name, t.base, t.experts, t.shape, repr(request.settings_for(t.name))] for t in prepared.aligned]
     parts += [sorted((f, h.hex()) for f, h in prepared.layout.headers.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -271,7 +275,7 @@ def _donated(prepared: Prepared) -> list[Path]:
     return sorted(f for f in donor.iterdir() if f.is_file() and _DONATED.match(f.name) and not _WEIGHTS.search(f.name))
 
 
-def _accompany(prepared: Prepared, staging: Staging, card: Callable[[Prepared], str] | None) -> None:
+def _accompany(prepared: Prepared, staging: Staging, card: Callable[[Prepared, str], str] | None) -> None:
     for file in _donated(prepared):
         if file.name != "config.json":
             staging.copy(file)
@@ -283,7 +287,7 @@ def _accompany(prepared: Prepared, staging: Staging, card: Callable[[Prepared], 
         staging.write_text(request.recipe_name, request.recipe)
     staging.write_text("spolia.json", json.dumps(_manifest(prepared), indent=2) + "\n")
     if card is not None:
-        staging.write_text("README.md", card(prepared))
+        staging.write_text("README.md", card(prepared, staging.target.name))
 
 
 def _config(prepared: Prepared, donor: Path) -> dict[str, Any]:
@@ -315,8 +319,8 @@ def _manifest(prepared: Prepared) -> dict[str, Any]:
                 "role": "base" if model is prepared.pool.base else "expert",
                 "files": [
                     {"file": f, "bytes": size, "header_sha256": digest}
-                    for f, size, _, digest in model.weights.checkpoint.fingerprint
-                ],  # type: ignore[attr-defined]
+                    for f, size, _, digest in _checkpoint(model).fingerprint
+                ],
             }
             for model in prepared.pool.models
         ],
@@ -324,11 +328,11 @@ def _manifest(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def card_facts(prepared: Prepared) -> dict[str, Any]:
-    """What the model card of a merged folder says; names only, no paths."""
+def card_facts(prepared: Prepared, name: str) -> dict[str, Any]:
+    """What the model card of the merged folder `name` says; names only, no paths."""
     request, pool = prepared.request, prepared.pool
     return {
-        "name": f"{request.method.name} merge of " + ", ".join(e.name for e in pool.experts),
+        "name": name,
         "method": request.method.name,
         "summary": request.method.summary,
         "paper": request.method.paper,
@@ -340,6 +344,7 @@ def card_facts(prepared: Prepared) -> dict[str, Any]:
         "recipe": request.recipe,
         "recipe_name": request.recipe_name,
         "data": {"merge": "weights only: no training data, no inputs, no labels"},
+        "config": pool.models[0].weights.config,
         "results": None,
         "seed": request.seed,
         "versions": {"spolia": version("spolia"), "torch": version("torch")},
@@ -350,7 +355,7 @@ def card_facts(prepared: Prepared) -> dict[str, Any]:
 
 def _described(expert: Expert) -> dict[str, Any]:
     """Name and licence, when the model's own card states one."""
-    card = expert.weights.checkpoint.folder / "README.md"  # type: ignore[attr-defined]
+    card = _checkpoint(expert).folder / "README.md"
     found = None
     if card.is_file() and card.stat().st_size < 1_000_000:
         match = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)

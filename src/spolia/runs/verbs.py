@@ -59,7 +59,7 @@ def merge(
         threads=threads,
         overwrite=overwrite,
         progress=progress,
-        card=_card,
+        card=card_of,
     )
 
 
@@ -181,11 +181,12 @@ def _request(
     )
 
 
-def _card(prepared: Prepared) -> str:
+def card_of(prepared: Prepared, name: str) -> str:
+    """The model card of the merged folder `name`."""
     from spolia.report.card import render_card
     from spolia.runs.merging import card_facts
 
-    return render_card(card_facts(prepared))
+    return render_card(card_facts(prepared, name))
 
 
 def merge_recipe(
@@ -218,7 +219,7 @@ def merge_recipe(
         threads=threads,
         overwrite=overwrite,
         progress=progress,
-        card=_card,
+        card=card_of,
     )
 
 
