@@ -35,6 +35,10 @@ class SpoliaError(Exception):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+class SpoliaWarning(UserWarning):
+    """Something odd that does not stop the work."""
+
+
 class Problems:
     """Collects problems and warnings while checking, so that all of them are told at once."""
 

@@ -22,6 +22,15 @@ class MergeSettings(Settings):
     base: ClassVar[str] = "required"  # required | optional | unused
     experts: ClassVar[tuple[int, int | None]] = (1, None)  # fewest and most experts
 
+    @property
+    def elementwise(self) -> bool:
+        """True where every element is merged by itself, so that a tensor may be split over workers."""
+        return False
+
+    def copies_held(self, name: str, shape: tuple[int, ...], experts: int) -> float:
+        """Copies of the whole tensor, in the arithmetic's type, that merging it keeps in memory; 0 when it is streamed."""
+        return 0.0
+
 
 def setting(default: Any, help: str, *, source: str, unit: str = "", **limits: Any) -> Any:
     """A field with its description, unit (empty: a plain number or word) and the source of its default."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = TILE  # elements
+AHEAD = 8 * BLOCK  # elements asked of the disk at a time
 T = TypeVar("T")
 
 
@@ -37,6 +38,10 @@ class Plane(Protocol):
         """Elements start:stop, converted into `out` [stop - start]."""
         ...
 
+    def expect(self, start: int, stop: int) -> None:
+        """These elements are wanted soon: start fetching them."""
+        ...
+
 
 @dataclass
 class TensorPlane:
@@ -48,6 +53,9 @@ class TensorPlane:
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
         out.copy_(self.flat[start:stop])
+
+    def expect(self, start: int, stop: int) -> None:
+        pass
 
 
 @dataclass
@@ -84,7 +92,6 @@ class FilePlane:
             view, at = view[got:], at + got
 
     def expect(self, start: int, stop: int) -> None:
-        """Ask the disk for these elements before they are needed."""
         size = self.dtype.size
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, self.info.start + start * size, (stop - start) * size, os.POSIX_FADV_WILLNEED)
@@ -137,10 +144,10 @@ class Stack:
         planes = self.experts if self.base is None else [self.base, *self.experts]
         return torch.float64 if any(plane.dtype.code == "F64" for plane in planes) else torch.float32
 
-    def blocks(self, whole_rows: bool = False) -> Iterator[Block]:
-        """The span in blocks of BLOCK elements, or of as many whole rows as come near it (one at least)."""
+    def blocks(self, whole_rows: bool = False, size: int = BLOCK) -> Iterator[Block]:
+        """The span in blocks of `size` elements, or of as many whole rows as come near it (one at least)."""
         low, high = self.span
-        step = max(1, BLOCK // self.row) * self.row if whole_rows and self.row else BLOCK
+        step = max(1, size // self.row) * self.row if whole_rows and self.row else size
         size = min(step, high - low)
         base = torch.empty(size, dtype=self.dtype) if self.base is not None else None
         experts = torch.empty(len(self.experts), size, dtype=self.dtype)
@@ -149,6 +156,9 @@ class Stack:
                 raise Stopped
             stop = min(start + step, high)
             n = stop - start
+            if (start - low) % AHEAD < step:  # the disk works while we compute
+                for plane in [*self.experts, *([self.base] if self.base is not None else [])]:
+                    plane.expect(start, min(start + 2 * AHEAD, high))
             if n < size:
                 experts = experts.reshape(-1)[: len(self.experts) * n].view(len(self.experts), n)
                 base = base[:n] if base is not None else None
@@ -157,6 +167,10 @@ class Stack:
             for row, plane in enumerate(self.experts):
                 plane.read(start, stop, experts[row])
             yield Block(start, stop, base, experts)
+
+    def whole(self) -> Block:
+        """All of the tensor at once, for methods that need it (see `MergeSettings.copies_held`)."""
+        return next(self.blocks(size=max(self.numel, 1)))
 
     def sweep(self, count: Callable[[Tensor, Tensor], None], totals: Tensor) -> None:
         """`count(task vectors, totals)` for every block."""

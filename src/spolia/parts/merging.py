@@ -77,14 +77,14 @@ class Merge:
         """Units of work, largest first; the same list for the same request."""
         parts = []
         for index, tensor in enumerate(self.tensors):
-            split = not tensor.arithmetic or getattr(self.settings(tensor), "elementwise", False)
+            split = not tensor.arithmetic or self.settings(tensor).elementwise
             step = PART if split else max(tensor.numel, 1)
             parts += [Part(index, start, min(start + step, tensor.numel)) for start in range(0, tensor.numel, step)]
         return sorted(parts, key=lambda part: part.stop - part.start, reverse=True)
 
     def workers(self) -> int:
         """Threads that fit the memory. SpoliaError when not even one does."""
-        return affordable_workers(self.tensors, len(self.pool.experts), self.threads, self.memory)
+        return affordable_workers(self.tensors, len(self.pool.experts), self.threads, self.memory, self.settings_for)
 
     def run(self, sink: Sink, done: Collection[str] = (), progress: Any = None) -> None:
         """Merge every part not in `done`. Raises what the first failing worker raised."""
@@ -184,13 +184,19 @@ class Merge:
             sink.write(tensor.name, start, out.to(getattr(torch, self.dtypes[tensor.name].torch_name)))
 
 
-def affordable_workers(tensors: Sequence[Aligned], experts: int, threads: int, memory: int) -> int:
+def affordable_workers(
+    tensors: Sequence[Aligned], experts: int, threads: int, memory: int, settings_for: SettingsFor
+) -> int:
     """Threads of at most `threads` whose blocks fit `memory` bytes. SpoliaError when not even one does."""
-    wide = any(t.stored.code == "F64" for t in tensors)
-    need = worker_bytes(experts, wide)
+    need, largest = worker_bytes(experts, any(t.stored.code == "F64" for t in tensors)), ""
+    for tensor in tensors:
+        size = 8 if tensor.stored.code == "F64" else 4
+        held = settings_for(tensor.name).copies_held(tensor.name, tensor.shape, experts) if tensor.arithmetic else 0
+        if held * tensor.numel * size > need:
+            need, largest = int(held * tensor.numel * size), f": tensor `{tensor.name}` is merged in one piece"
     if memory < need:
         raise SpoliaError(
-            f"{memory / 1e6:.0f} MB of chunk memory are too few for {experts} experts",
+            f"{memory / 1e6:.0f} MB of chunk memory are too few for {experts} experts{largest}",
             where="chunk_memory",
             mend=f"allow at least {need / 1e6:.0f} MB",
         )

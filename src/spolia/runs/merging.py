@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from spolia.core.checkpoint import BY_TORCH_NAME, Checkpoint, Dtype
 from spolia.core.layout import Layout, Slot, Staging, free_bytes
 from spolia.core.lazy import torch
 from spolia.core.stream import cores, worker_bytes
-from spolia.errors import Problem, Problems, SpoliaError
+from spolia.errors import Problem, Problems, SpoliaError, SpoliaWarning
 from spolia.parts.align import Aligned, align, warnings_of
 from spolia.parts.expert import Expert, ExpertPool, FileWeights
 from spolia.parts.merging import Merge, affordable_workers
@@ -62,8 +63,6 @@ def prepare(request: MergeRequest, out: Path | None = None, max_shard_size: int 
     fit_pool(request.method, pool, problems)
     aligned, tied = align(pool, problems, request.on_size_mismatch)
     problems.raise_if_any()
-    for alias, name in tied.items():
-        problems.warn(alias, f"is tied to `{name}`: merged once, stored once")
     problems.warnings.extend(warnings_of(pool))
     if request.check_tensors is not None:
         problems.warnings.extend(request.check_tensors([tensor.name for tensor in aligned]))
@@ -153,7 +152,7 @@ def describe(prepared: Prepared, out: Path | None, chunk_memory: int, threads: i
     """Sizes, memory and time of a prepared merge."""
     request, pool, layout = prepared.request, prepared.pool, prepared.layout
     count, wide = len(pool.experts), any(t.stored.code == "F64" for t in prepared.aligned)
-    workers = affordable_workers(prepared.aligned, count, threads or cores(), chunk_memory)
+    workers = affordable_workers(prepared.aligned, count, threads or cores(), chunk_memory, request.settings_for)
     read = sum(model.weights.nbytes for model in pool.models)
     rate = _RATES.get(request.method.name, 0.3e9) * workers / 2
     files = [*layout.sizes, *(["model.safetensors.index.json"] if layout.index else [])]
@@ -184,6 +183,7 @@ def describe(prepared: Prepared, out: Path | None, chunk_memory: int, threads: i
         files=files,
         seeds=[request.seed],
         warnings=[str(warning) for warning in prepared.warnings],
+        notes=[f"`{alias}` is tied to `{name}`: merged once, stored once" for alias, name in prepared.tied.items()],
     )
 
 
@@ -206,6 +206,8 @@ def run_merge(
 ) -> Path:
     """Merge into the folder `out`, which appears when it is whole. The same call goes on after a kill, with equal bits."""
     prepared = prepare(request, out, max_shard_size)
+    for warning in prepared.warnings:
+        warnings.warn(str(warning), SpoliaWarning, stacklevel=2)
     merge = merge_of(prepared, chunk_memory, threads or cores())
     merge.workers()
     with prepared.pool.opened(), Staging(out, prepared.layout, _key(prepared), overwrite=overwrite) as staging:

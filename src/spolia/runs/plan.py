@@ -50,6 +50,7 @@ class Plan:
     files: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what is done without being asked
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

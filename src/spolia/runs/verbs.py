@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spolia.catalog import Method, find
 from spolia.core.settings import MergeSettings, each
-from spolia.errors import Problems, SpoliaError, did_you_mean
+from spolia.errors import Problems, SpoliaError, SpoliaWarning, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,6 +120,8 @@ def _merge_in_memory(
     problems.raise_if_any()
     aligned, tied = align(pool, problems)
     problems.raise_if_any()
+    for warning in problems.warnings:
+        warnings.warn(str(warning), SpoliaWarning, stacklevel=3)
     dtypes = output_dtypes(aligned, _dtype(dtype))
     sink = MemorySink.like(aligned, dtypes)
     job = Merge(
