@@ -1,0 +1,147 @@
+"""From a recipe to a plan, and from a recipe to a finished run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from spolia.core.journal import Journal
+from spolia.data.digits import SIZES
+from spolia.runs.digits_pool import DATA_TOUCHED
+from spolia.runs.digits_study import Entry, Study, needs_base, pool_of, run_study
+from spolia.runs.lifecycle import follow, recorded
+from spolia.runs.plan import Phase, Plan
+from spolia.runs.recipe import Recipe
+from spolia.runs.schema import DigitsPool, FoldersPool
+from spolia.runs.store import RunFolder
+
+_BASELINES = ("average", "task_arithmetic")
+_START, _PER_BASE, _PER_EXPERT, _PER_MERGE = 5.0, 0.5, 0.7, 0.2  # seconds on one core, imports included in the first
+_MEMORY = 450_000_000  # bytes of a process that has imported torch and scikit-learn
+_DISK = 500_000  # bytes of one model with the last checkpoints of its loop
+
+
+def plan_recipe(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
+    """What running `recipe` would do. Reads headers at most, imports no torch for them."""
+    if isinstance(recipe.pool, FoldersPool):
+        from spolia.runs.merging import plan_merge
+        from spolia.runs.verbs import request_of
+
+        output, target = recipe.output, folder.result if folder is not None else None
+        return plan_merge(
+            request_of(recipe), target, max_shard_size=output.max_shard_size, chunk_memory=output.chunk_memory
+        )
+    return _plan_digits(recipe)
+
+
+def run_recipe(
+    recipe: Recipe, folder: RunFolder, *, fresh: bool = False, dry_run: bool = False, progress: Any = None
+) -> Path | Plan:
+    """Runs `recipe` into `folder`, or goes on where the same recipe stopped there. Returns the folder's path.
+
+    With `dry_run` returns the plan and writes nothing.
+    """
+    if dry_run:
+        return plan_recipe(recipe, folder)
+    plan = plan_recipe(recipe, folder)  # everything headers can tell, before any folder is made
+    with folder as run:
+        run.begin(recipe.to_yaml(), fresh=fresh)
+        run.write_json("plan.json", plan.to_dict())
+        run.write_env(seed=recipe.seed, seeds=_seeds(recipe))
+        if isinstance(recipe.pool, FoldersPool):
+            _run_folders(recipe, recipe.pool, run, progress)
+        else:
+            _run_digits(recipe, run, progress)
+    return folder.path
+
+
+def _seeds(recipe: Recipe) -> list[int]:
+    return list(range(recipe.seed, recipe.seed + recipe.seeds))
+
+
+def _run_folders(recipe: Recipe, pool: FoldersPool, run: RunFolder, progress: Any) -> None:
+    """One merge into result/."""
+    from spolia.runs import verbs
+    from spolia.runs.merging import run_merge
+
+    journal = Journal(run.path)
+    with recorded(run, journal, progress, gentle=False):  # a merge goes on from any byte: Ctrl-C may stop it at once
+        run.set_status("running", phase="merge")
+        with journal.phase("merge"):
+            if not run.result.exists():  # it appears when it is whole
+                output = recipe.output
+                run_merge(
+                    verbs.request_of(recipe),
+                    run.result,
+                    max_shard_size=output.max_shard_size,
+                    chunk_memory=output.chunk_memory,
+                    progress=progress,
+                    card=verbs.card_of,
+                )
+        names = ", ".join(entry.name for entry in pool.experts)
+        run.write_text("summary.txt", f"{recipe.method.name} of {names} stands in result/; nothing was evaluated.\n")
+
+
+def _run_digits(recipe: Recipe, run: RunFolder, progress: Any) -> None:
+    """A pool for every seed, the merge beside its baselines, and the first seed's merged encoder in result/."""
+    study = study_of(recipe)
+    left = study.steps_left(run)
+    journal = Journal(run.path, progress=follow(progress, left))
+    with recorded(run, journal, progress, left):
+        run_study(run, study, journal)
+        if not run.result.exists():
+            from spolia.runs.verbs import merge
+
+            pool = pool_of(run, study, recipe.seed, journal)
+            merge(
+                {domain: pool.expert(domain) for domain in pool.domains},
+                base=pool.base if needs_base(recipe.method.name, len(pool.domains)) else None,
+                method=recipe.method.name,
+                settings=recipe.settings,
+                out=run.result,
+                dtype=recipe.output.dtype,
+                seed=recipe.seed,
+                max_shard_size=recipe.output.max_shard_size,
+                chunk_memory=recipe.output.chunk_memory,
+            )
+
+
+def study_of(recipe: Recipe) -> Study:
+    """The recipe's merge beside average and task arithmetic with their defaults."""
+    method, settings = recipe.method, recipe.settings
+    own = Entry(method.name, method.name, settings.model_dump())
+    baselines = []
+    for name in _BASELINES:
+        if name != method.name:
+            baselines.append(Entry(name, name, baseline=True))
+        elif settings != type(settings)():
+            baselines.append(Entry(f"{name}, defaults", name, baseline=True))
+    assert isinstance(recipe.pool, DigitsPool)
+    return Study(recipe.name, tuple(recipe.pool.domains), tuple(_seeds(recipe)), (*baselines, own), recipe.output.dtype)
+
+
+def _plan_digits(recipe: Recipe) -> Plan:
+    study = study_of(recipe)
+    domains, seeds, merges = len(study.domains), len(study.seeds), len(study.entries)
+    seconds = _START + seeds * (_PER_BASE + _PER_EXPERT * domains + _PER_MERGE * merges)
+    models = seeds * (domains + 2) + 1
+    each = f" for each of {seeds} seeds" if seeds > 1 else ""
+    return Plan(
+        title=f"{recipe.method.name} merge of {domains} digits experts{each}",
+        method=recipe.method.name,
+        phases=[
+            Phase("base", "fits the base and one head a domain", DATA_TOUCHED["base and heads"], "encoder and heads"),
+            Phase("fine-tune", "fine-tunes an encoder a domain", DATA_TOUCHED["experts"], "encoder", "heads"),
+            Phase("merge", recipe.method.summary, "weights only", writes="result/ (first seed)"),
+            Phase(
+                "test", "counts right answers of merge, base, experts and baselines", f"{SIZES['test']} other digits"
+            ),
+        ],
+        dtypes={recipe.output.dtype or "float32": 1},
+        peak_memory_bytes=_MEMORY,
+        disk_needed_bytes=models * _DISK,
+        seconds=round(seconds, 1),
+        time_basis=f"{_START:g} s to start, then {_PER_EXPERT:g} s an expert: measured on one core",
+        files=["results.json", "figures.json", "summary.txt", "report.html", "checkpoints/", "result/"],
+        seeds=list(study.seeds),
+    )

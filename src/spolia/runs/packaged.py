@@ -1,0 +1,22 @@
+"""The recipes that come with the package. Apart from recipe.py, so that completion does not wait for pydantic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spolia.catalog import Method
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+
+
+def packaged() -> list[str]:
+    """Their names: `merge/ties`, `merge/ties-tiny`, …"""
+    return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.yaml"))
+
+
+def example_command(method: Method, *, tiny: bool = False) -> str:
+    """The command that runs the packaged recipe."""
+    if tiny:
+        return f"spolia run {method.family}/{method.name}-tiny"
+    base = "pool.base=PATH " if method.settings_class().base == "required" else ""
+    return f"spolia run {method.family}/{method.name} {base}'pool.experts=[PATH, PATH]'"

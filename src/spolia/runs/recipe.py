@@ -1,0 +1,272 @@
+"""A recipe: what you ask for. Read from a file or the package, overridden by `key=value`, checked whole.
+
+Every mistake is found at once and told with its line, before any model is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spolia.catalog import METHODS, Method, find
+from spolia.core.settings import PerModel
+from spolia.errors import Problem, Problems, SpoliaError, did_you_mean
+from spolia.runs import yamlmarks
+from spolia.runs.complaints import validate
+from spolia.runs.overrides import apply_overrides
+from spolia.runs.packaged import FOLDER, packaged
+from spolia.runs.schema import POOLS, VERSION, DigitsPool, FoldersPool, Head, ModelEntry, Output
+from spolia.runs.yamlmarks import Marked, dotted
+
+Where = Callable[[yamlmarks.Path], str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recipe's text, not yet checked. `folder` is what its relative paths are relative to."""
+
+    name: str
+    text: str
+    marked: Marked
+    folder: Path
+    packaged: bool = False
+
+    @property
+    def is_mergekit(self) -> bool:
+        return isinstance(self.marked.value, dict) and "merge_method" in self.marked.value
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `settings` is the method's own Settings; paths in `pool` are absolute."""
+
+    name: str
+    text: str
+    marked: Marked
+    method: Method
+    settings: Any
+    pool: FoldersPool | DigitsPool
+    output: Output
+    seed: int = 0
+    seeds: int = 1
+
+    @property
+    def family(self) -> str:
+        return self.method.family
+
+    @property
+    def short_name(self) -> str:
+        """Last part of the name: the run's folder is called after it."""
+        return self.name.rpartition("/")[2]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every setting written out, overrides and defaults included. Loads back to itself."""
+        resolved = {
+            "spolia": VERSION,
+            "seed": self.seed,
+            "seeds": self.seeds,
+            "pool": self.pool.model_dump(mode="json"),
+            "method": {"name": self.method.name, **self.settings.model_dump(mode="json")},
+            "output": self.output.model_dump(mode="json"),
+        }
+        return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=100)
+
+
+def load_recipe(ref: str | Path, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Recipe:
+    """The recipe at `ref`: the name of a packaged one, or a file. Raises SpoliaError with everything that is wrong.
+
+    Relative paths start at the recipe's folder; those in `overrides` and in packaged recipes at the current one.
+    """
+    return check_recipe(read_source(ref), overrides, check_paths=check_paths)
+
+
+def read_source(ref: str | Path) -> Source:
+    """Finds and parses `ref`. Only the syntax is checked, so that mergekit's recipes pass too."""
+    name = str(ref)
+    path = Path(ref).expanduser()
+    if isinstance(ref, str) and name in packaged():
+        path = FOLDER / f"{name}.yaml"
+        text = path.read_text(encoding="utf-8")
+        return Source(name, text, yamlmarks.load(text, f"{name}.yaml"), Path.cwd(), packaged=True)
+    if path.is_dir():
+        raise SpoliaError("this is a folder, not a recipe", where=name, mend=_recipes_in(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpoliaError("there is no such recipe or file", where=name, mend=_near_recipes(name)) from None
+    except UnicodeDecodeError:
+        raise SpoliaError("this is not a text file", where=name, mend="give a recipe: a YAML file") from None
+    except OSError as error:
+        raise SpoliaError(
+            f"cannot be read: {error.strerror}", where=name, mend="check the path and its rights"
+        ) from None
+    return Source(path.stem, text, yamlmarks.load(text, name), path.resolve().parent)
+
+
+def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Recipe:
+    """`source` with `overrides`, checked at every depth."""
+    marked, problems = source.marked, Problems()
+    if source.is_mergekit:
+        mend = f"run it as one: spolia merge {marked.name} OUT"
+        raise SpoliaError("this is a mergekit recipe (it has `merge_method`)", where=marked.where(), mend=mend)
+    if not isinstance(marked.value, dict) or not marked.value:
+        mend = "start from a copy: spolia new ties -o my.yaml"
+        raise SpoliaError("a recipe is a mapping with `spolia`, `pool` and `method`", where=marked.where(), mend=mend)
+    raw, touched = apply_overrides(marked.value, overrides, problems)
+    where = partial(_where, marked, touched)
+    _check_version(raw, where, problems)
+    head = validate(Head, raw, (), where, problems)
+    pool = _check_pool(raw.get("pool"), where, problems)
+    method, settings = _check_method(raw.get("method"), where, problems)
+    if isinstance(pool, FoldersPool):
+        pool = _resolve_paths(pool, source, touched)
+        if check_paths:
+            for problem in _missing_models(pool, source, where):
+                problems.add(problem.where, problem.what, problem.mend)
+    if pool and method:
+        _check_fit(pool, method, settings, where, problems)
+    if head and head.seeds > 1 and isinstance(pool, FoldersPool):
+        mend = "write `seeds: 1`, or use `pool: {source: digits}`"
+        problems.add(where(("seeds",)), "models on disk are merged once; repeats would be the same", mend)
+    problems.raise_if_any()
+    assert head and pool and method  # each None has left a problem
+    return Recipe(source.name, source.text, marked, method, settings, pool, head.output, head.seed, head.seeds)
+
+
+def _where(marked: Marked, touched: dict[yamlmarks.Path, str], path: yamlmarks.Path) -> str:
+    """File and line of `path`, or the override that wrote it."""
+    if any(path[:depth] in touched for depth in range(1, len(path) + 1)):
+        return f"override {dotted(path)}"
+    inside = next((name for there, name in touched.items() if there[: len(path)] == path), None)
+    return inside if inside and path and path not in marked.lines else marked.where(path)
+
+
+def _check_version(raw: dict[str, Any], where: Where, problems: Problems) -> None:
+    """Version 1 is the first. With a second, older recipes are rewritten here and the difference is printed."""
+    version = raw.get("spolia")
+    if version is None:
+        problems.add(
+            where(()), "the recipe does not say which version of the form it has", f"add `spolia: {VERSION}` on top"
+        )
+        raw["spolia"] = VERSION  # told; the rest is still checked
+    elif isinstance(version, int) and not isinstance(version, bool) and version != VERSION:
+        if version > VERSION:
+            what, mend = f"written for version {version}; this spolia reads {VERSION}", "pip install --upgrade spolia"
+        else:
+            what, mend = f"there is no version {version}", f"write `spolia: {VERSION}`"
+        problems.add(where(("spolia",)), what, mend)
+
+
+def _check_pool(raw: Any, where: Where, problems: Problems) -> FoldersPool | DigitsPool | None:
+    if not isinstance(raw, dict):
+        return None  # told by Head
+    source = raw.get("source", "folders")
+    if source not in POOLS:
+        problems.add(where(("pool", "source")), f"`{source}` is not a source", did_you_mean(str(source), POOLS))
+        return None
+    pool = validate(POOLS[source], raw, ("pool",), where, problems)
+    if isinstance(pool, FoldersPool):
+        names = [entry.name for entry in [pool.base, *pool.experts] if entry]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            mend = "give one of them another: {name: …, path: …}"
+            problems.add(where(("pool",)), f"two models are called `{name}`", mend)
+            return None
+    elif pool and len(set(pool.domains)) < len(pool.domains):
+        problems.add(where(("pool", "domains")), "a domain is listed twice", "keep one of the two")
+    return pool
+
+
+def _check_method(raw: Any, where: Where, problems: Problems) -> tuple[Method | None, Any]:
+    if not isinstance(raw, dict):
+        return None, None  # told by Head
+    fields = dict(raw)
+    name = fields.pop("name", None)
+    if name is None:
+        names = ", ".join(method.name for method in METHODS)
+        problems.add(where(("method",)), "`name` is missing", f"add `name`, one of {names}")
+        return None, None
+    try:
+        method = find(str(name), where(("method", "name")))
+    except SpoliaError as error:
+        for problem in error.problems:
+            problems.add(problem.where, problem.what, problem.mend)
+        return None, None
+    return method, validate(method.settings_class(), fields, ("method",), where, problems)
+
+
+def _check_fit(pool: FoldersPool | DigitsPool, method: Method, settings: Any, where: Where, problems: Problems) -> None:
+    """What the method asks of the pool: a base, a number of experts, one value for each expert."""
+    cls = method.settings_class()
+    folders = isinstance(pool, FoldersPool)
+    listed = where(("pool", "experts" if folders else "domains"))
+    count = len(pool.experts) if folders else len(pool.domains)
+    if folders and pool.base is None and cls.base == "required":
+        mend = "add `base: PATH`, the model that the experts started from"
+        problems.add(where(("pool",)), f"{method.name} needs a base", mend)
+    fewest, most = cls.experts
+    if count < fewest or (most is not None and count > most):
+        span = f"{fewest}" if fewest == most else f"{fewest} to {most}" if most else f"at least {fewest}"
+        problems.add(
+            listed, f"{count} experts; {method.name} takes {span}", "list other experts, or choose another method"
+        )
+    for name, field in cls.model_fields.items() if settings is not None else ():
+        value = getattr(settings, name)
+        if field.annotation == PerModel and isinstance(value, tuple) and len(value) != count:
+            mend = f"give {count} numbers in the order of the experts, or one for all"
+            problems.add(where(("method", name)), f"{len(value)} values for {count} experts", mend)
+
+
+def _resolve_paths(pool: FoldersPool, source: Source, touched: dict[yamlmarks.Path, str]) -> FoldersPool:
+    def absolute(entry: ModelEntry, at: yamlmarks.Path) -> ModelEntry:
+        typed = any(path[: len(at)] == at or at[: len(path)] == path for path in touched)
+        folder = Path.cwd() if typed else source.folder
+        path = os.path.abspath(folder / entry.path.expanduser())  # noqa: PTH100 - links keep the name the user gave
+        return entry.model_copy(update={"path": Path(path)})
+
+    base = absolute(pool.base, ("pool", "base")) if pool.base else None
+    experts = [absolute(entry, ("pool", "experts", i)) for i, entry in enumerate(pool.experts)]
+    return pool.model_copy(update={"base": base, "experts": experts})
+
+
+def _missing_models(pool: FoldersPool, source: Source, where: Where) -> list[Problem]:
+    places: list[tuple[yamlmarks.Path, ModelEntry]] = [(("pool", "experts", i), e) for i, e in enumerate(pool.experts)]
+    if pool.base:
+        places.insert(0, (("pool", "base"), pool.base))
+    missing = [(at, entry) for at, entry in places if not entry.path.exists()]
+    if source.packaged and missing:
+        names = ", ".join(str(entry.path) for _, entry in missing)
+        mend = f"say where your models are: spolia run {source.name} pool.base=PATH 'pool.experts=[PATH, PATH]'"
+        return [Problem(where(("pool",)), f"there is no {names}", mend)]
+    return [Problem(where(at), f"there is no {entry.path}", _near_model(entry.path)) for at, entry in missing]
+
+
+def _near_model(path: Path) -> str:
+    siblings = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    names = [p.name for p in siblings if p.is_dir() or p.suffix == ".safetensors"]
+    if names:
+        return did_you_mean(path.name, names[:20])
+    return "only models on disk are read; download it first, for example with `hf download`"
+
+
+def _near_recipes(name: str) -> str:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        folder = path.parent if path.parent.is_dir() else Path()
+        files = [p.as_posix() for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".yml")]
+        return did_you_mean(name, files) if files else "check the path; `spolia new METHOD -o my.yaml` writes a recipe"
+    ends = {known.rpartition("/")[2]: known for known in packaged()}
+    key = name.rpartition("/")[2].lower().replace("-tiny", "").replace("-", "_") + "-tiny" * name.endswith("-tiny")
+    if key in ends:
+        return f"did you mean `{ends[key]}`?"
+    return did_you_mean(name, packaged())
+
+
+def _recipes_in(folder: Path) -> str:
+    files = [p.as_posix() for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".yml")]
+    return f"it holds {', '.join(files[:5])}" if files else "give a YAML file or the name of a packaged recipe"

@@ -1,0 +1,129 @@
+"""The shape of a recipe, as pydantic models: what may be written, and nothing else. `json_schema` serves editors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+from spolia.catalog import METHODS
+from spolia.runs.sizes import parse_size, write_size
+
+VERSION = 1
+DType = Literal["bfloat16", "float16", "float32", "float64"]
+Domain = Literal["upright", "turned", "inverted", "permuted", "mirrored", "noisy"]  # as data.digits, without torch
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelEntry(Shape):
+    """A model on disk; in a recipe a bare path will do, its last part is then the name."""
+
+    name: str = Field(description="what the report calls it", min_length=1)
+    path: Path = Field(description="folder of safetensors, or one file")
+
+
+def _entry(value: Any) -> Any:
+    if isinstance(value, dict) and isinstance(value.get("path"), str) and "name" not in value:
+        return {"name": _name_of(value["path"]), **value}
+    return {"name": _name_of(value), "path": value} if isinstance(value, str | Path) else value
+
+
+def _name_of(path: str | Path) -> str:
+    absolute = os.path.abspath(Path(path).expanduser())  # noqa: PTH100 - a link keeps its name
+    return Path(absolute).name or str(path)
+
+
+_ENTRY_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "description": "folder of safetensors, or one file"},
+        {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["path"],
+            "properties": {"name": {"type": "string"}, "path": {"type": "string"}},
+        },
+    ]
+}
+Entry = Annotated[ModelEntry, BeforeValidator(_entry), WithJsonSchema(_ENTRY_SCHEMA)]
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    PlainSerializer(write_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["5GB", "1GiB"]}]}),
+]
+
+
+class FoldersPool(Shape):
+    """Models that stand on disk."""
+
+    source: Literal["folders"] = Field("folders", description="models on disk")
+    base: Entry | None = Field(None, description="the model that the experts started from")
+    experts: list[Entry] = Field(description="the fine-tuned models, in order", min_length=1)
+
+
+class DigitsPool(Shape):
+    """scikit-learn's digits (real scans, inside its package): one expert is trained for each domain, then merged."""
+
+    source: Literal["digits"] = Field(description="real digits, no download")
+    domains: list[Domain] = Field(
+        default_factory=lambda: list(get_args(Domain)[:4]),
+        description="how the images are shown to each expert",
+        min_length=1,
+    )
+
+
+def _size(default: str, help: str) -> Any:
+    kind = {"kind": "bytes, or a size such as 512MB, 5GB or 1GiB"}
+    return Field(default, description=help, validate_default=True, json_schema_extra=kind)  # type: ignore[arg-type]
+
+
+class Output(Shape):
+    """How the merged model is written."""
+
+    dtype: DType | None = Field(
+        None, description="stored type; null keeps what each tensor has in the base, else in the first expert"
+    )
+    max_shard_size: Size = _size("5GB", "largest file of the result")
+    chunk_memory: Size = _size("1GB", "most memory for tensors in flight")
+
+
+class Head(Shape):
+    """The top level. `pool` and `method` have shapes of their own."""
+
+    spolia: int = Field(description="version of the recipe's form")
+    seed: int = Field(0, description="every random draw follows from it", ge=0)
+    seeds: int = Field(1, description="repeats, each with its own seed (digits pools)", ge=1)
+    pool: dict[str, Any] = Field(description="the base and the experts")
+    method: dict[str, Any] = Field(description="name and settings of the method")
+    output: Output = Field(default_factory=Output, description="how the merged model is written")
+
+
+POOLS: dict[str, type[FoldersPool] | type[DigitsPool]] = {"folders": FoldersPool, "digits": DigitsPool}
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for completion and checking in editors."""
+    schema = Head.model_json_schema()
+    definitions = schema.setdefault("$defs", {})
+    for model in POOLS.values():
+        schema_of_pool = model.model_json_schema()
+        definitions.update(schema_of_pool.pop("$defs", {}))
+        definitions[model.__name__] = schema_of_pool
+    methods = []
+    for method in METHODS:
+        settings = method.settings_class().model_json_schema()
+        definitions.update(settings.pop("$defs", {}))
+        names = {"enum": [method.name, *method.aliases], "description": method.summary}
+        settings["properties"] = {"name": names, **settings.get("properties", {})}
+        settings["required"] = ["name", *settings.get("required", [])]
+        definitions[f"{method.family}/{method.name}"] = settings | {"title": method.name, "description": method.summary}
+        methods.append({"$ref": f"#/$defs/{method.family}~1{method.name}"})
+    schema["properties"]["spolia"]["const"] = VERSION
+    schema["properties"]["pool"] = {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"} for model in POOLS.values()]}
+    schema["properties"]["method"] = {"anyOf": methods}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "spolia recipe"}
