@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spolia.core.folders import find_weights
 from spolia.core.lazy import torch
 from spolia.errors import Problems, SpoliaError
 
@@ -70,7 +71,8 @@ class TensorInfo:
 
 def natural(name: str) -> tuple[Any, ...]:
     """Sort key that puts layer 2 before layer 10."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
+    parts = re.split(r"([0-9]{1,18})", name)
+    return tuple((0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part)
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], str]:
@@ -104,6 +106,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], str]:
     tensors, body = {}, size - 8 - length
     for name, entry in header.items():
         if name == "__metadata__":
+            if not isinstance(entry, dict):
+                raise bad("its metadata are no mapping")
             continue
         tensors[name] = _tensor(name, entry, file, length + 8, body, bad)
     end = length + 8
@@ -138,6 +142,8 @@ def _tensor(name: str, entry: Any, file: Path, offset: int, body: int, bad: Any)
     shape, ends = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or not all(type(s) is int and s >= 0 for s in shape) or len(shape) > 64:
         raise bad(f"tensor `{name}` has no valid shape: {str(shape)[:80]}")
+    if math.prod(max(extent, 1) for extent in shape) * dtype.size >= 1 << 63:
+        raise bad(f"tensor `{name}` has an impossible shape: {str(shape)[:80]}")
     if not isinstance(ends, list) or len(ends) != 2 or not all(type(e) is int for e in ends):
         raise bad(f"tensor `{name}` has no valid data_offsets: {str(ends)[:80]}")
     if not 0 <= ends[0] <= ends[1] <= body:
@@ -156,6 +162,7 @@ class Checkpoint:
     config: dict[str, Any] | None
     fingerprint: list[tuple[str, int, int, str]] = field(default_factory=list)  # file, bytes, mtime, header digest
     unlisted: list[str] = field(default_factory=list)  # tensors that lie in a shard but not in the index
+    notes: list[str] = field(default_factory=list)  # choices made while opening that the user should know
 
     @property
     def files(self) -> list[Path]:
@@ -173,10 +180,11 @@ class Checkpoint:
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Read the headers below `path` (a folder or one .safetensors file).
 
-        Raises SpoliaError for what is missing, damaged, listed twice or not yet readable (LoRA adapters, pickles).
+        Raises SpoliaError for what is missing, damaged, listed twice or of another kind (LoRA adapters, pickles).
         """
         path = Path(path)
-        files, weight_map = _weight_files(path)
+        weights = find_weights(path)
+        files, weight_map = weights.files, weights.weight_map
         problems, found, prints = Problems(), {}, []
         unlisted: list[str] = []
         for file in files:
@@ -197,73 +205,27 @@ class Checkpoint:
                 else:
                     found[name] = info
         if weight_map is not None and not problems.errors:
-            for name in weight_map.keys() - found.keys():
-                problems.add(
-                    str(path), f"the index puts `{name}` in {weight_map[name]}, where it is not", "save it again"
-                )
+            absent = sorted(weight_map.keys() - found.keys(), key=natural)
+            if absent:
+                more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+                what = f"the index puts `{absent[0]}`{more} in {weight_map[absent[0]]}, where it is not"
+                problems.add(str(path), what, "save or download the model again")
         problems.raise_if_any()
         if not found:
             raise SpoliaError("holds no tensors", where=str(path), mend="point to a folder with *.safetensors")
-        config = _config(path)
-        return cls(path, dict(sorted(found.items(), key=lambda item: natural(item[0]))), config, prints, unlisted)
-
-
-def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that hold the weights, and the index's map when there is one."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise SpoliaError("is not a safetensors file", where=str(path), mend=_CONVERT)
-        return [path], None
-    if not path.is_dir():
-        raise SpoliaError(
-            "no such folder or file",
-            where=str(path),
-            mend="check the path; download a hub model into a folder first (`hf download OWNER/NAME --local-dir DIR`)",
+        config = read_config(path)
+        return cls(
+            path,
+            dict(sorted(found.items(), key=lambda item: natural(item[0]))),
+            config,
+            prints,
+            unlisted,
+            weights.notes,
         )
-    indexes = sorted(path.glob("*.safetensors.index.json"))
-    whole = path / "model.safetensors"
-    if indexes and not whole.exists():
-        index = path / "model.safetensors.index.json"
-        return _indexed(index if index in indexes else indexes[0])
-    if whole.exists():
-        return [whole], None
-    files = sorted(f for f in path.glob("*.safetensors") if not f.name.startswith("adapter_model"))
-    if files:
-        return files, None
-    if (path / "adapter_config.json").exists():
-        raise SpoliaError(
-            "holds a LoRA adapter, not a whole model",
-            where=str(path),
-            mend="merge it into its base first (peft: `model.merge_and_unload()`); a later release reads adapters",
-        )
-    if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-        raise SpoliaError("holds pickled weights only", where=str(path), mend=_CONVERT)
-    raise SpoliaError("holds no *.safetensors", where=str(path), mend="point to the folder with the weights")
 
 
-_CONVERT = "save it as safetensors first (transformers: `model.save_pretrained(DIR)`); pickles are not opened"
-
-
-def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        if not all(isinstance(v, str) for v in weight_map.values()):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SpoliaError("is no valid index", where=str(index), mend="save or download the model again") from None
-    problems, files = Problems(), []
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or name in ("", ".", ".."):
-            problems.add(str(index), f"points outside its folder: {name!r}", "only plain file names may stand there")
-        elif not (index.parent / name).is_file():
-            problems.add(str(index), f"shard {name} is missing", "download the missing file")
-        else:
-            files.append(index.parent / name)
-    problems.raise_if_any()
-    return files, weight_map
-
-
-def _config(path: Path) -> dict[str, Any] | None:
+def read_config(path: Path) -> dict[str, Any] | None:
+    """The config.json in the folder `path`, or beside the file `path`; None when there is none."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return None
@@ -289,8 +251,12 @@ def iterate_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         with info.file.open("rb", buffering=0) as stream:
             stream.seek(info.start)
             raw = bytearray(info.nbytes)
-            if stream.readinto(raw) != info.nbytes:
-                raise SpoliaError("ends early", where=str(info.file), mend="download or save it again")
+            view = memoryview(raw)
+            while view:  # one read gives 2 GB at most
+                got = stream.readinto(view)
+                if not got:
+                    raise SpoliaError("ends early", where=str(info.file), mend="download or save it again")
+                view = view[got:]
         dtype = getattr(torch, info.dtype.torch_name)
         tensor = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         yield info.name, tensor.reshape(info.shape)

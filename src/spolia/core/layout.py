@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,7 @@ from spolia.core.checkpoint import Dtype, natural
 from spolia.errors import SpoliaError
 
 LOG = ".spolia-progress"
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Layout:
 
 def _header(shard: list[Slot], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     offsets, at = {}, 0
+    if any(slot.name == "__metadata__" for slot in shard):
+        raise SpoliaError("is no name for a tensor: safetensors reserves it", where="__metadata__", mend="rename the tensor")
     for slot in sorted(shard, key=lambda s: -s.dtype.size):  # wide types first: every tensor stays aligned
         offsets[slot.name] = at
         at += slot.nbytes
@@ -118,24 +123,19 @@ class Staging:
     """
 
     def __init__(self, target: Path, layout: Layout, key: str, *, overwrite: bool = False):
-        self.target, self.layout, self.overwrite = target, layout, overwrite
-        self.folder = target.with_name(target.name + ".partial")
+        self.target, self.layout, self.overwrite = Path(os.path.abspath(target)), layout, overwrite
+        self.folder = self.target.with_name(self.target.name + ".partial")
         self.done: set[str] = set()
-        self._key = json.dumps({"key": key, "boot": _boot_id()})
+        headers = hashlib.sha256(b"".join(layout.headers.values())).hexdigest()
+        self._key = json.dumps({"key": key, "headers": headers, "boot": _boot_id()})
         self._lock = threading.Lock()
         self._fds: dict[str, int] = {}
         self._log = -1
 
     def __enter__(self) -> Staging:
-        if (
-            self.target.exists()
-            and not self.overwrite
-            and not (self.target.is_dir() and not any(self.target.iterdir()))
-        ):
-            raise SpoliaError(
-                "exists already", where=str(self.target), mend="choose another folder, or allow --overwrite"
-            )
+        self._check_target()
         try:
+            self._check_folder()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._log = os.open(self.folder / LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             self._take_lock()
@@ -145,17 +145,34 @@ class Staging:
                 self._fds[file] = os.open(self.folder / file, os.O_WRONLY)
         except OSError as error:
             self._close()
-            raise _disk_error(error, self.folder) from None
+            raise disk_error(error, self.folder) from None
         return self
+
+    def _check_target(self) -> None:
+        """A target that stands already is replaced only on demand. An empty folder counts as nothing."""
+        if os.path.isfile(self.target / LOG):  # a kill came right after the rename: it is whole, only its log is left over
+            with _told(self.target):
+                (self.target / LOG).unlink()
+        if self.overwrite or not os.path.lexists(self.target):
+            return
+        if self.target.is_symlink() or not self.target.is_dir() or any(self.target.iterdir()):
+            raise SpoliaError("exists already", where=str(self.target), mend="choose another folder, or allow --overwrite")
+
+    def _check_folder(self) -> None:
+        """The staging folder must be ours: with our log, or with nothing but shards whose log was lost."""
+        if not os.path.lexists(self.folder) or (self.folder / LOG).exists():
+            return
+        strange = [f.name for f in self.folder.iterdir() if not _SHARD.match(f.name)] if self.folder.is_dir() else ["a file"]
+        if strange:
+            what = f"stands where the merge would be prepared, and holds {strange[0]}"
+            raise SpoliaError(what, where=str(self.folder), mend="move it away, or choose another folder for the result")
 
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._close()
-            raise SpoliaError(
-                "another process is writing here", where=str(self.folder), mend="wait for it to end"
-            ) from None
+            raise SpoliaError("another process is writing here", where=str(self.folder), mend="wait for it to end") from None
 
     def _resume(self) -> bool:
         text = (self.folder / LOG).read_bytes()
@@ -163,84 +180,91 @@ class Staging:
         lines = text.decode(errors="replace").splitlines()
         if not lines or lines[0] != self._key:
             return False
-        if any(
-            not (self.folder / f).is_file() or (self.folder / f).stat().st_size != s
-            for f, s in self.layout.sizes.items()
-        ):
+        if any(not (self.folder / f).is_file() or (self.folder / f).stat().st_size != s for f, s in self.layout.sizes.items()):
             return False
         os.ftruncate(self._log, len(text))
+        self._clear(self.layout.sizes)
         self.done = set(lines[1:])
         return True
 
     def _begin(self) -> None:
         os.ftruncate(self._log, 0)
-        for entry in self.folder.iterdir():
-            if entry.name != LOG:
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        self._clear(())
         for file, size in self.layout.sizes.items():
             fd = os.open(self.folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
-                _allocate(fd, size)
+                allocate(fd, size)
                 os.pwrite(fd, self.layout.headers[file], 0)
             finally:
                 os.close(fd)
         os.write(self._log, (self._key + "\n").encode())
 
+    def _clear(self, keep: Collection[str]) -> None:
+        """Remove what an earlier attempt left, except the shards to keep."""
+        for entry in self.folder.iterdir():
+            if entry.name != LOG and entry.name not in keep:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Put bytes at `offset` of tensor `name`. Safe from several threads."""
         place = self.layout.places[name]
         fd, at = self._fds[place.file], place.start + offset
-        try:
+        with _told(self.folder):
             while data:
                 wrote = os.pwrite(fd, data, at)
                 data, at = data[wrote:], at + wrote
-        except OSError as error:
-            raise _disk_error(error, self.folder) from None
 
     def mark(self, part: str) -> None:
         """Log that every byte of `part` is written."""
-        with self._lock:
-            self.done.add(part)
+        with self._lock, _told(self.folder):
             os.write(self._log, (part + "\n").encode())
+            self.done.add(part)
 
     def write_text(self, name: str, text: str) -> None:
-        (self.folder / name).write_text(text, encoding="utf-8")
+        with _told(self.folder):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).write_text(text, encoding="utf-8")
 
     def copy(self, file: Path) -> None:
-        shutil.copyfile(file, self.folder / file.name)
+        with _told(self.folder):
+            shutil.copyfile(file, self.folder / file.name)
 
     def finish(self) -> None:
         """Index, sync, and the rename that makes it exist."""
         if self.layout.index is not None:
             self.write_text("model.safetensors.index.json", self.layout.index)
-        try:
+        with _told(self.folder):
             for fd in self._fds.values():
                 os.fsync(fd)
-            for entry in self.folder.iterdir():
-                if entry.name not in self._fds:
+            for entry in self.folder.rglob("*"):
+                if entry.is_file() and entry.name not in self._fds:
                     with entry.open("rb") as stream:
                         os.fsync(stream.fileno())
             self._rename()
-        except OSError as error:
-            raise _disk_error(error, self.folder) from None
 
     def _rename(self) -> None:
-        old = self.target.with_name(self.target.name + ".replaced")
-        if self.target.exists():
-            if self.target.is_dir() and not any(self.target.iterdir()):
+        self._check_target()
+        old = None
+        if os.path.lexists(self.target):
+            if self.target.is_dir() and not self.target.is_symlink() and not any(self.target.iterdir()):
                 self.target.rmdir()
             else:
-                shutil.rmtree(old, ignore_errors=True)
-                self.target.rename(old)
-        self.folder.rename(self.target)
+                old = self.target.with_name(f"{self.target.name}.replaced-{os.getpid()}")
+                os.rename(self.target, old)
+        try:
+            os.rename(self.folder, self.target)
+        except OSError:
+            if old is not None:
+                os.rename(old, self.target)
+            raise
         (self.target / LOG).unlink()
         parent = os.open(self.target.parent, os.O_RDONLY)
         try:
             os.fsync(parent)
         finally:
             os.close(parent)
-        if old.exists():
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        if old is not None:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
     def _close(self) -> None:
         for fd in (*self._fds.values(), self._log):
@@ -254,7 +278,15 @@ class Staging:
         self._close()
 
 
-def _allocate(fd: int, size: int) -> None:
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, folder) from None
+
+
+def allocate(fd: int, size: int) -> None:
     """Reserve the bytes now, so that a full disk is met before the work."""
     if not hasattr(os, "posix_fallocate"):
         return os.ftruncate(fd, size)
@@ -266,7 +298,7 @@ def _allocate(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def _disk_error(error: OSError, folder: Path) -> SpoliaError:
+def disk_error(error: OSError, folder: Path) -> SpoliaError:
     cure = {
         errno.ENOSPC: "free some space or choose another disk, then run the same command again: it goes on",
         errno.EDQUOT: "free some space or choose another disk, then run the same command again: it goes on",
@@ -284,7 +316,5 @@ def _boot_id() -> str:
 
 def free_bytes(path: Path) -> int:
     """Free space on the disk that would hold `path`."""
-    for parent in (path, *path.resolve().parents):
-        if parent.exists():
-            return shutil.disk_usage(parent).free
-    return 0
+    whole = Path(os.path.abspath(path))
+    return next((shutil.disk_usage(parent).free for parent in (whole, *whole.parents) if os.path.exists(parent)), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,15 +22,29 @@ class MergeSettings(Settings):
 
     base: ClassVar[str] = "required"  # required | optional | unused
     experts: ClassVar[tuple[int, int | None]] = (1, None)  # fewest and most experts
+    masked: ClassVar[bool] = False  # True where each expert gets a mask that brings it back from the merged model
+    base_counts: ClassVar[bool] = False  # True where an optional base is one of these, as an end of the arc is
 
     @property
     def elementwise(self) -> bool:
         """True where every element is merged by itself, so that a tensor may be split over workers."""
         return False
 
+    @property
+    def whole_rows(self) -> bool:
+        """True where a block must hold whole rows of the tensor."""
+        return False
+
     def copies_held(self, name: str, shape: tuple[int, ...], experts: int) -> float:
         """Copies of the whole tensor, in the arithmetic's type, that merging it keeps in memory; 0 when it is streamed."""
         return 0.0
+
+
+def narrowed(settings: MergeSettings, places: Sequence[int]) -> MergeSettings:
+    """The settings with every per-model field reduced to the experts at `places`."""
+    fields = {name: getattr(settings, name) for name in type(settings).model_fields}
+    update = {name: tuple(v[p] for p in places) for name, v in fields.items() if isinstance(v, tuple)}
+    return settings.model_copy(update=update) if update else settings
 
 
 def setting(default: Any, help: str, *, source: str, unit: str = "", **limits: Any) -> Any:

@@ -144,10 +144,10 @@ class Stack:
         planes = self.experts if self.base is None else [self.base, *self.experts]
         return torch.float64 if any(plane.dtype.code == "F64" for plane in planes) else torch.float32
 
-    def blocks(self, whole_rows: bool = False, size: int = BLOCK) -> Iterator[Block]:
-        """The span in blocks of `size` elements, or of as many whole rows as come near it (one at least)."""
+    def blocks(self, whole_rows: bool = False) -> Iterator[Block]:
+        """The span in blocks of BLOCK elements, or of as many whole rows as come near it (one at least)."""
         low, high = self.span
-        step = max(1, size // self.row) * self.row if whole_rows and self.row else size
+        step = max(1, BLOCK // self.row) * self.row if whole_rows and self.row else BLOCK
         size = min(step, high - low)
         base = torch.empty(size, dtype=self.dtype) if self.base is not None else None
         experts = torch.empty(len(self.experts), size, dtype=self.dtype)
@@ -168,9 +168,20 @@ class Stack:
                 plane.read(start, stop, experts[row])
             yield Block(start, stop, base, experts)
 
-    def whole(self) -> Block:
-        """All of the tensor at once, for methods that need it (see `MergeSettings.copies_held`)."""
-        return next(self.blocks(size=max(self.numel, 1)))
+    def blame(self, start: int, stop: int) -> None:
+        """SpoliaError when an input holds NaN or Inf among elements start:stop, naming it."""
+        for plane in [self.base, *self.experts]:
+            if plane is None:
+                continue
+            given = torch.empty(stop - start, dtype=self.dtype)
+            plane.read(start, stop, given)
+            bad = (~torch.isfinite(given)).nonzero()
+            if len(bad):
+                raise SpoliaError(
+                    f"tensor `{self.name}` holds NaN or Inf, first at element {start + int(bad[0])}",
+                    where=plane.model,
+                    mend="this expert is broken: leave it out or get a sound copy",
+                )
 
     def sweep(self, count: Callable[[Tensor, Tensor], None], totals: Tensor) -> None:
         """`count(task vectors, totals)` for every block."""

@@ -1,24 +1,29 @@
 """Experts: trained models with a name, a task and the rights we have over them; and the pool they form.
 
-`Weights` is the right to read tensors, nothing more: no forward pass, no data. It streams from a checkpoint folder or
-from tensors already in memory; the base and the experts of a pool may come from either.
+`Weights` is the right to read tensors, nothing more: no forward pass, no data. It streams from files (parts/inputs.py
+says which) or from tensors already in memory; the base and the experts of a pool may come from either.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spolia.core.checkpoint import Checkpoint, Dtype, storage
+from spolia.core.checkpoint import Checkpoint, Dtype, read_config, storage
+from spolia.core.pickled import read_state_dict
 from spolia.core.stream import FilePlane, Plane, TensorPlane
 from spolia.errors import Problems, SpoliaError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from spolia.parts.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,9 @@ class MemoryWeights(Weights):
                 raise SpoliaError(
                     f"`{name}` is a {type(tensor).__name__}, not a tensor", mend="pass a plain state dict"
                 )
+            if str(tensor.layout) != "torch.strided" or tensor.device.type == "meta":
+                kind = "meta" if tensor.device.type == "meta" else str(tensor.layout).removeprefix("torch.")
+                raise SpoliaError(f"`{name}` is a {kind} tensor: it has no plain numbers", mend="make it dense first")
         self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         entries = {}
         for name, tensor in self.tensors.items():
@@ -103,8 +111,12 @@ class FileWeights(Weights):
 
     @contextmanager
     def opened(self) -> Iterator[None]:
+        if self._fds:  # by another member that stands on the same files
+            yield
+            return
         try:
             for file in self._checkpoint.files:
+                check_unchanged(file, self._checkpoint)
                 self._fds[file] = os.open(file, os.O_RDONLY)
             self._unchanged()
             yield
@@ -115,11 +127,49 @@ class FileWeights(Weights):
             self._fds = {}
 
     def _unchanged(self) -> None:
-        seen = {name: (size, mtime) for name, size, mtime, _ in self._checkpoint.fingerprint}
         for file, fd in self._fds.items():
-            for stat in (os.fstat(fd), file.stat()):
-                if (stat.st_size, stat.st_mtime_ns) != seen[file.name]:
-                    raise SpoliaError("changed while it was read", where=str(file), mend="run the command again")
+            check_unchanged(file, self._checkpoint, fd)
+
+
+def check_unchanged(file: Path, checkpoint: Checkpoint, fd: int | None = None) -> None:
+    """SpoliaError when `file`, or what is open as `fd`, is not what it was when the checkpoint was opened."""
+    seen = {name: (size, mtime) for name, size, mtime, _ in checkpoint.fingerprint}
+    try:
+        stats = [file.stat(), *([os.fstat(fd)] if fd is not None else [])]
+    except OSError as error:
+        what = f"cannot be read any more: {error.strerror}"
+        raise SpoliaError(what, where=str(file), mend="restore it and run the command again") from None
+    if any((stat.st_size, stat.st_mtime_ns) != seen[file.name] for stat in stats):
+        raise SpoliaError("changed while it was read", where=str(file), mend="run the command again")
+
+
+class PickledWeights(MemoryWeights):
+    """A pickled state dict on disk, mapped where its form allows: pages are fetched when they are read."""
+
+    def __init__(self, path: Path):
+        tensors, self.files = read_state_dict(path)
+        super().__init__(tensors)
+        self.config = read_config(path)
+        names = json.dumps([[n, e.dtype.code, e.shape] for n, e in self.entries.items()])
+        digest = hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()
+        stats = [(file.name, file.stat()) for file in self.files]
+        prints = [(name, stat.st_size, stat.st_mtime_ns, digest) for name, stat in stats]
+        self.checkpoint = Checkpoint(path, {}, self.config, prints)
+
+    def plane(self, name: str, model: str) -> Plane:
+        self._unchanged()  # a mapped file that was cut must not be touched
+        return super().plane(name, model)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        self._unchanged()
+        yield
+        self._unchanged()
+
+    def _unchanged(self) -> None:
+        assert self.checkpoint is not None
+        for file in self.files:
+            check_unchanged(file, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -145,20 +195,28 @@ class ExpertPool:
         return ([self.base] if self.base is not None else []) + self.experts
 
     @classmethod
-    def of(cls, experts: Mapping[str, Any] | list[Any], base: Any = None) -> ExpertPool:
-        """From paths, modules or state dicts (a mapping names them). Every bad member is reported at once."""
+    def of(
+        cls, experts: Mapping[str, Any] | list[Any], base: Any = None, locate: Callable[[str], str] = str
+    ) -> ExpertPool:
+        """From paths, modules or state dicts (a mapping names them). Every bad member is reported at once.
+
+        A path may be `BASE+ADAPTER`, or a LoRA adapter alone: it then stands on `base`. `locate` turns what is no path
+        (a hub's id) into one.
+        """
+        from spolia.parts.inputs import Inputs
+
         named = (
             experts.items()
             if isinstance(experts, Mapping)
             else [(_name(e, f"expert {i}"), e) for i, e in enumerate(experts)]
         )
-        problems = Problems()
-        pool = cls([])
-        for name, given in named:
-            if (weights := _weights(given, name, problems)) is not None:
-                pool.experts.append(Expert(name, weights))
-        if base is not None and (weights := _weights(base, "base", problems)) is not None:
+        problems, pool, inputs = Problems(), cls([]), Inputs()
+        if base is not None and (weights := _weights(base, "base", problems, inputs, locate)) is not None:
             pool.base = Expert(_name(base, "base"), weights)
+        start = pool.base.weights if pool.base is not None else None
+        for name, given in named:
+            if (weights := _weights(given, name, problems, inputs, locate, start)) is not None:
+                pool.experts.append(Expert(name, weights))
         problems.raise_if_any()
         return pool
 
@@ -176,12 +234,17 @@ def _name(given: Any, otherwise: str) -> str:
     return Path(given).name or str(given) if isinstance(given, str | os.PathLike) else otherwise
 
 
-def _weights(given: Any, name: str, problems: Problems) -> Weights | None:
+def _weights(
+    given: Any, name: str, problems: Problems, inputs: Inputs, locate: Callable[[str], str], base: Weights | None = None
+) -> Weights | None:
+    from spolia.parts.inputs import parted
+
     try:
         if isinstance(given, Weights):
             return given
         if isinstance(given, str | os.PathLike):
-            return FileWeights.open(given)
+            path, lora = parted(locate(os.fspath(given)))
+            return inputs.open(path, lora, base)
         if isinstance(given, Mapping):
             return MemoryWeights(given)
         if hasattr(given, "state_dict"):

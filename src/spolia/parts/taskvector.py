@@ -37,7 +37,13 @@ class TaskVector:
                 changes[name] = expert[name].to(wide) - start.to(wide)
         return cls(changes)
 
+    def _fits(self, other: TaskVector) -> None:
+        """Silently dropping a tensor would give a plausible, wrong number."""
+        for name in sorted(self.tensors.keys() ^ other.tensors.keys()):
+            raise SpoliaError(f"only one of the two task vectors has tensor `{name}`", mend="use experts of one base")
+
     def __add__(self, other: TaskVector) -> TaskVector:
+        self._fits(other)
         return TaskVector({name: change + other.tensors[name] for name, change in self.tensors.items()})
 
     def __neg__(self) -> TaskVector:
@@ -53,6 +59,7 @@ class TaskVector:
 
     def dot(self, other: TaskVector) -> float:
         """Inner product over all tensors, summed in fp64."""
+        self._fits(other)
         return math.fsum(float((a.double() * other.tensors[name].double()).sum()) for name, a in self.tensors.items())
 
     @property
@@ -66,6 +73,8 @@ class TaskVector:
 
     def apply(self, base: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
         """`base + scale * self`, in the base's types; nothing given is changed."""
+        for name in self.tensors.keys() - base.keys():
+            raise SpoliaError(f"the base lacks tensor `{name}`", mend="use the base the task vector was made with")
         return {
             name: (start.to(self.tensors[name].dtype) + scale * self.tensors[name]).to(start.dtype)
             if name in self.tensors

@@ -16,6 +16,7 @@ from spolia.errors import Problems, SpoliaError
 
 Path = tuple[str | int, ...]
 _DEEPEST, _LARGEST = 40, 100_000  # aliases can make a short text grow without bound
+_TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value", "map", "seq", "merge")
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
@@ -57,6 +58,8 @@ def load_all(text: str, name: str = "recipe") -> list[Marked]:
     """Every document of `text`, in order."""
     try:
         nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+    except RecursionError:
+        raise SpoliaError("too deeply nested", where=name, mend="close brackets; a recipe is a few levels deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{name}:{mark.line + 1}" if mark else name
@@ -82,13 +85,13 @@ def _build(node: yaml.Node, path: Path, document: Marked, problems: Problems, de
     document.lines.setdefault(path, node.start_mark.line + 1)
     if depth > _DEEPEST or len(document.lines) > _LARGEST:
         raise SpoliaError("too large or too deeply nested", where=document.name, mend="check its aliases (`*name`)")
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
+        raise SpoliaError(f"the tag `{node.tag}` is not allowed", where=document.where(path), mend="write a plain value")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = _scalar(key_node, document, path) if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None or isinstance(key, bool | float):
-                key = getattr(key_node, "value", None)
-            key = str(key)
+            document.lines.setdefault((*path, str(key_node.value)), key_node.start_mark.line + 1)
+            key = _key(key_node, path, document)
             here = (*path, key)
             document.lines[here] = key_node.start_mark.line + 1
             if key in result:
@@ -101,13 +104,24 @@ def _build(node: yaml.Node, path: Path, document: Marked, problems: Problems, de
     return _scalar(node, document, path)
 
 
+def _key(node: yaml.Node, path: Path, document: Marked) -> str:
+    """Keys are text as written."""
+    where = f"{document.name}:{node.start_mark.line + 1} {dotted(path)}".rstrip()
+    if not isinstance(node, yaml.ScalarNode):
+        raise SpoliaError("a key must be a word", where=where, mend="put quotes around it")
+    if node.tag == "tag:yaml.org,2002:merge":
+        raise SpoliaError("merge keys (`<<`) are not read", where=where, mend="write the keys out")
+    return node.value
+
+
 def _scalar(node: yaml.ScalarNode, document: Marked, path: Path) -> Any:
-    if node.tag.startswith("tag:yaml.org,2002:python") or node.tag.startswith("!"):
-        raise SpoliaError(
-            f"the tag `{node.tag}` is not allowed", where=document.where(path), mend="write a plain value"
-        )
-    if node.tag == "tag:yaml.org,2002:str":
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind == "str":
         return float(node.value.replace("_", "")) if node.style is None and _FLOAT.match(node.value) else node.value
-    if node.tag == "tag:yaml.org,2002:timestamp":
+    if kind in ("timestamp", "value"):
         return node.value  # a model called 2024-01-01 is a name
-    return yaml.SafeLoader("").construct_object(node)
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except (ValueError, KeyError, IndexError, yaml.YAMLError):
+        shown = node.value if len(node.value) <= 40 else node.value[:40] + "…"
+        raise SpoliaError(f"`{shown}` is not a valid {kind}", where=document.where(path), mend="quote it if it is text") from None

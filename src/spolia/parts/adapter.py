@@ -1,0 +1,216 @@
+"""A LoRA adapter as PEFT saves it: a folder with adapter_config.json and adapter_model.safetensors (or .bin).
+
+Hu et al., LoRA, ICLR 2022, arXiv 2106.09685. Each adapted matrix gains scale * B A, A [r, in] and B [out, r], with scale
+alpha / r, or alpha / sqrt(r) where `use_rslora` is set (Kalajdzievski 2023, arXiv 2312.03732). Rank and alpha may be
+set apart for modules by `rank_pattern` and `alpha_pattern`: a key is a whole module name, its end, or a regular
+expression for either; the first that fits counts. Beside them may lie tensors that take the base's place: modules_to_save
+and biases. What changes the model in another way (DoRA, IA3, prompts ...) is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spolia.errors import Problems, SpoliaError
+from spolia.parts.expert import FileWeights, PickledWeights, Weights
+
+CONFIG = "adapter_config.json"
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+UNLOAD = "merge it into its base with peft (`model.merge_and_unload()`), save that, and name its folder"
+_DAMAGED = "save or download the adapter again"
+_PART = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.default)?(?P<leaf>\.weight|\.bias)?$"
+)
+# Starts from which the base's own weights were changed too, unless the adapter was converted when it was saved.
+_MOVED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")
+# Options of LoraConfig that make more of an adapter than scale * B A.
+_OTHER_KINDS = {
+    "use_dora": "uses DoRA, whose magnitudes depend on the whole matrix",
+    "layer_replication": "repeats layers of its base (`layer_replication`)",
+    "target_parameters": "adapts parameters without a module of their own (`target_parameters`)",
+    "trainable_token_indices": "trains single rows of the embedding (`trainable_token_indices`)",
+    "alora_invocation_tokens": "is active only after its invocation tokens (aLoRA) and is no change of the weights",
+    "arrow_config": "is routed between several adapters (`arrow_config`)",
+    "use_qalora": "uses QALoRA, which pools its inputs",
+    "use_bdlora": "uses block-diagonal factors (BD-LoRA)",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The factors of one adapted module, by their names in the adapter's file."""
+
+    module: str
+    a: str
+    b: str
+    rank: int
+    scale: float
+    embedding: bool  # A [r, vocabulary], B [width, r]; the weight is the transpose of B A
+
+
+@dataclass
+class Adapter:
+    """An adapter's tensors and what they do to which module. Names are the base model's, as the adapter spells them."""
+
+    path: Path
+    config: dict[str, Any]
+    weights: Weights
+    pairs: dict[str, Pair]
+    replaced: dict[str, str]  # tensor of the model -> the adapter's tensor that takes its place
+    biases: dict[str, str]  # bias of an adapted module -> what is added to it, times the pair's scale
+    digest: str = ""
+
+    @classmethod
+    def open(cls, path: Path) -> Adapter:
+        """Read config and headers. SpoliaError names what is missing, damaged or of another kind."""
+        if not path.is_dir():
+            raise SpoliaError("no such adapter folder", where=str(path), mend=f"name the folder that holds {CONFIG}")
+        config, digest = _read_config(path / CONFIG)
+        _refuse_other_kinds(config, path / CONFIG)
+        file = next((path / name for name in _FILES if (path / name).is_file()), None)
+        if file is None:
+            raise SpoliaError(f"holds no {_FILES[0]}", where=str(path), mend=_DAMAGED)
+        weights = FileWeights.open(file) if file.suffix == ".safetensors" else PickledWeights(file)
+        adapter = cls(path, config, weights, {}, {}, {}, digest)
+        adapter._sort(file)
+        return adapter
+
+    @property
+    def transposed(self) -> bool:
+        """Whether adapted weights lie as [in, out], as in GPT-2."""
+        return bool(self.config.get("fan_in_fan_out"))
+
+    @property
+    def base(self) -> str | None:
+        """The base's path or hub id as it was called in training."""
+        named = self.config.get("base_model_name_or_path")
+        return named if isinstance(named, str) and named else None
+
+    def _sort(self, file: Path) -> None:
+        """Every tensor is half of a pair, a replacement or a bias; what is not is told by name."""
+        problems, halves = Problems(), dict[str, dict[str, str]]()
+        for name in self.weights.entries:
+            plain = name.removeprefix("base_model.model.")
+            match = _PART.match(plain)
+            if ".original_module." in plain:
+                continue  # the base's own copy of a module that is replaced
+            if match and match["leaf"] == ".bias" and match["part"] == "lora_B":
+                self.biases[_plain(match["module"]) + ".bias"] = name
+            elif match:
+                halves.setdefault(_plain(match["module"]), {})[match["part"]] = name
+            elif "lora_magnitude_vector" in plain:
+                problems.add(f"{file} {name}", _OTHER_KINDS["use_dora"], UNLOAD)
+            elif re.search(r"\.(lora_|token_adapter|trainable_tokens|ia3_|hada_|lokr_|oft_|vera_|ada_)", f".{plain}"):
+                problems.add(f"{file} {name}", "belongs to no kind of adapter that is read", UNLOAD)
+            else:
+                self.replaced[_plain(re.sub(r"\.modules_to_save(\.default)?\.", ".", plain))] = name
+        for module, half in halves.items():
+            self._pair(module, half, file, problems)
+        for bias in self.biases:
+            if bias.removesuffix(".bias") not in self.pairs and not problems.errors:
+                problems.add(f"{file} {self.biases[bias]}", "is the bias of a module without factors", _DAMAGED)
+        problems.raise_if_any()
+        if not self.pairs and not self.replaced:
+            raise SpoliaError("holds no tensors", where=str(file), mend=_DAMAGED)
+
+    def _pair(self, module: str, half: Mapping[str, str], file: Path, problems: Problems) -> None:
+        kinds = [("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")]
+        found = next((kind for kind in kinds if set(half) == set(kind)), None)
+        if found is None:
+            problems.add(f"{file} {module}", f"holds only {', '.join(sorted(half))}: A and B belong together", _DAMAGED)
+            return
+        a, b = half[found[0]], half[found[1]]
+        ranks = (self.weights.entries[a].shape[:1], self.weights.entries[b].shape[1:2])
+        rank = pattern_value(self.config.get("rank_pattern"), module, self.config.get("r"), "rank_pattern", file)
+        alpha = pattern_value(
+            self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"), "alpha_pattern", file
+        )
+        if type(rank) is not int or rank < 1:
+            problems.add(str(self.path / CONFIG), f"the rank `r` of `{module}` is {rank!r}", "restore the config")
+        elif isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            problems.add(str(self.path / CONFIG), f"`lora_alpha` of `{module}` is {alpha!r}", "restore the config")
+        elif ranks != ((rank,), (rank,)):
+            shapes = f"{list(self.weights.entries[a].shape)} and {list(self.weights.entries[b].shape)}"
+            what = f"`{a}` and `{b}` are {shapes}, but the config says rank {rank}"
+            problems.add(str(file), what, "restore the adapter_config.json that belongs to these weights")
+        elif not all(self.weights.entries[n].dtype.floating for n in (a, b)):
+            problems.add(str(file), f"`{a}` or `{b}` holds whole numbers", "quantised adapters are not read: " + UNLOAD)
+        else:
+            scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+            self.pairs[module] = Pair(module, a, b, rank, scale, found == kinds[1])
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is a folder with an adapter and no whole model."""
+    try:
+        if not path.is_dir() or not any((path / name).is_file() for name in (CONFIG, *_FILES)):
+            return False
+        names = [f.name for f in path.iterdir()]
+    except OSError:
+        return False
+    whole = (n for n in names if n.endswith(".safetensors") or n.startswith("pytorch_model"))
+    return all(n.startswith("adapter_model") for n in whole)
+
+
+def pattern_value(patterns: Any, module: str, default: Any, field: str, file: Path) -> Any:
+    """What `rank_pattern` or `alpha_pattern` sets for a module, else `default`."""
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise SpoliaError(f"`{field}` is no mapping", where=str(file.parent / CONFIG), mend="restore the config")
+    for key, value in (patterns or {}).items():
+        if module == key or module.endswith(f".{key}"):
+            return value
+        if re.search(r"[)\]][*+{]", key):  # may take for ever on a name made for it
+            what = f"the pattern {key[:80]!r} of `{field}` repeats a group"
+            raise SpoliaError(what, where=str(file.parent / CONFIG), mend="write the modules' names out")
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except (re.error, RecursionError, OverflowError):
+            what = f"the pattern {key[:80]!r} of `{field}` is no regular expression"
+            raise SpoliaError(what, where=str(file.parent / CONFIG), mend="write the modules' names out") from None
+    return default
+
+
+def _plain(name: str) -> str:
+    """Without the wrapper that PEFT puts around an adapted layer."""
+    return f"{name}.".replace(".base_layer.", ".").removesuffix(".")
+
+
+def _read_config(file: Path) -> tuple[dict[str, Any], str]:
+    try:
+        raw = file.read_bytes()
+        config = json.loads(raw)
+    except FileNotFoundError:
+        raise SpoliaError(
+            "is missing: rank and alpha stand in it", where=str(file), mend="copy it from where the adapter was saved"
+        ) from None
+    except OSError as error:
+        raise SpoliaError(f"cannot be read: {error.strerror}", where=str(file), mend="check its rights") from None
+    except (ValueError, RecursionError) as error:
+        raise SpoliaError(f"is not valid JSON: {error}", where=str(file), mend=_DAMAGED) from None
+    if not isinstance(config, dict):
+        raise SpoliaError("is no mapping", where=str(file), mend=_DAMAGED)
+    return config, hashlib.sha256(raw).hexdigest()
+
+
+def _refuse_other_kinds(config: Mapping[str, Any], file: Path) -> None:
+    problems = Problems()
+    kind = config.get("peft_type")
+    if str(kind).upper() != "LORA":
+        what = "does not say what kind of adapter it is" if kind is None else f"is a {kind} adapter"
+        problems.add(str(file), f"{what}; only LoRA is read", UNLOAD)
+    for option, what in _OTHER_KINDS.items():
+        if config.get(option):
+            problems.add(str(file), what, UNLOAD)
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and _MOVED_BASE.match(start):
+        what = f"was started with {start}, which changes the base's weights too"
+        problems.add(str(file), what, "save it with `path_initial_model_for_weight_conversion`, or " + UNLOAD)
+    problems.raise_if_any()

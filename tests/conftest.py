@@ -1,0 +1,195 @@
+"""What tests share: tiny real checkpoints made on the spot, and plain safetensors folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
+
+LINES = (
+    "The stones of an old wall hold up a new one.",
+    "A mason who reuses a column does not ask who carved it.",
+    "What is left of the temple stands in the town hall, upside down and useful.",
+    "0 1 2 3 4 5 6 7 8 9 - and so on, until the quarry is empty.",
+)
+Pool = tuple[Path, list[Path]]
+
+
+def tiny_tokenizer(folder: Path) -> int:
+    """Save a byte-level BPE tokenizer trained on LINES; the size of its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(LINES, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return bpe.get_vocab_size()
+
+
+def tiny_model(kind: str, tied: bool, vocabulary: int) -> Any:
+    """A randomly initialised model of the kind, 18 to 170 thousand parameters, in float32."""
+    import transformers as hf
+
+    if kind == "llama":
+        return hf.LlamaForCausalLM(
+            hf.LlamaConfig(
+                vocab_size=vocabulary,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                tie_word_embeddings=tied,
+                bos_token_id=0,
+                eos_token_id=1,
+            )
+        )
+    if kind == "gpt2":
+        return hf.GPT2LMHeadModel(
+            hf.GPT2Config(
+                vocab_size=vocabulary,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                tie_word_embeddings=tied,
+                bos_token_id=0,
+                eos_token_id=1,
+            )
+        )
+    if kind == "bert":
+        return hf.BertForSequenceClassification(
+            hf.BertConfig(
+                vocab_size=vocabulary,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                max_position_embeddings=64,
+                num_labels=3,
+            )
+        )
+    if kind == "vit":
+        return hf.ViTForImageClassification(
+            hf.ViTConfig(
+                image_size=8,
+                patch_size=4,
+                num_channels=1,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                num_labels=3,
+            )
+        )
+    raise ValueError(f"no tiny model is called {kind!r}")
+
+
+@pytest.fixture(scope="session")
+def make_pool() -> Callable[..., Pool]:
+    """make_pool(kind, count, folder, dtype, max_shard_size, seed, tied) -> (base folder, expert folders).
+
+    Real checkpoints saved with save_pretrained: kind is llama, gpt2, bert or vit. An expert is the base plus normal
+    noise on every parameter, so no two changes are equal in float32. Llama folders hold a tokenizer too. `spread` is
+    the noise's standard deviation. The same arguments write the same weights.
+    """
+
+    def make(
+        kind: str,
+        count: int,
+        folder: Path,
+        dtype: str = "float32",
+        max_shard_size: str = "30KB",
+        seed: int = 0,
+        tied: bool | None = None,
+        spread: float = 0.02,
+    ) -> Pool:
+        import torch
+
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / "base", *(folder / f"expert-{k + 1}" for k in range(count))]
+        vocabulary = 120
+        if kind == "llama":
+            for path in paths:
+                vocabulary = tiny_tokenizer(path)
+        with torch.random.fork_rng(devices=[]):  # initialisation draws from the global generator
+            torch.manual_seed(seed)
+            model = tiny_model(kind, tied if tied is not None else kind == "gpt2", vocabulary).to(getattr(torch, dtype))
+        start = [p.detach().clone() for p in model.parameters()]
+        for k, path in enumerate(paths):
+            noise = torch.Generator().manual_seed(1000 * seed + k)
+            for parameter, origin in zip(model.parameters(), start, strict=True):
+                change = torch.randn(origin.shape, generator=noise) * (spread if k else 0.0)
+                parameter.data = (origin.float() + change).to(origin.dtype)
+            model.save_pretrained(path, max_shard_size=max_shard_size)
+        return paths[0], paths[1:]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    """write_model(folder, tensors, config) -> folder: one plain model.safetensors, without the code under test.
+
+    `tensors` maps names to torch tensors. `shards` splits them, in order, into that many files with an index.
+    """
+
+    def write(
+        folder: Path, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None, shards: int = 1
+    ) -> Path:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        items = [(name, tensor.contiguous()) for name, tensor in tensors.items()]
+        if shards == 1:
+            save_file(dict(items), folder / "model.safetensors", {"format": "pt"})
+        else:
+            files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+            places = {name: files[i * shards // len(items)] for i, (name, _) in enumerate(items)}
+            for file in files:
+                save_file({name: t for name, t in items if places[name] == file}, folder / file, {"format": "pt"})
+            size = sum(t.numel() * t.element_size() for _, t in items)
+            index = {"metadata": {"total_size": size}, "weight_map": places}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(dict(config)))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_adapter() -> Callable[..., Path]:
+    """write_adapter(folder, tensors, **config) -> folder: a LoRA adapter as peft saves it, without peft.
+
+    `tensors` maps names without the prefix `base_model.model.` to torch tensors; r and lora_alpha are 2 and 4 unless said.
+    """
+
+    def write(folder: Path, tensors: Mapping[str, Any], pickled: bool = False, **config: Any) -> Path:
+        import torch
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+        if pickled:
+            torch.save(named, folder / "adapter_model.bin")
+        else:
+            save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+        told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": None} | config
+        (folder / "adapter_config.json").write_text(json.dumps(told))
+        return folder
+
+    return write

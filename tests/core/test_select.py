@@ -1,0 +1,106 @@
+"""Cuts by histograms are the order statistics that sorting gives, ties and quotas among them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spolia.core.select import Cut, cuts, ranks_in_rows
+
+WIDTHS = {torch.float32: 32, torch.float64: 64}
+
+
+def stream(values: torch.Tensor, edges: list[int]) -> Callable[..., None]:
+    """Sweeps over `values` [rows, n] in blocks cut at `edges`."""
+    ends = [0, *sorted(edges), values.shape[1]]
+
+    def sweep(count: Callable[..., None], totals: torch.Tensor) -> None:
+        for start, stop in itertools.pairwise(ends):
+            count(values[:, start:stop].contiguous(), totals)
+
+    return sweep
+
+
+def by_sorting(row: torch.Tensor, rank: int) -> Cut:
+    value = row.abs().sort(descending=True).values[rank - 1]
+    return Cut(float(value), rank - int((row.abs() > value).sum()), int((row.abs() == value).sum()))
+
+
+def special(dtype: torch.dtype) -> list[float]:
+    about = torch.finfo(dtype)
+    odd = [0.0, 1.0, 0.5, about.tiny, about.smallest_normal / 2, about.max, about.eps, 1 + about.eps, math.inf]
+    return odd + [-v for v in odd]
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[torch.Tensor, list[list[int]], list[int]]:
+    dtype = draw(st.sampled_from(list(WIDTHS)))
+    count, n = draw(st.integers(1, 2)), draw(st.integers(1, 40))
+    anything = st.floats(width=WIDTHS[dtype], allow_nan=False)
+    values = draw(
+        st.lists(
+            st.lists(st.sampled_from(special(dtype)) | anything, min_size=n, max_size=n),
+            min_size=count,
+            max_size=count,
+        )
+    )
+    ranks = draw(st.lists(st.lists(st.integers(1, n), max_size=2), min_size=count, max_size=count))
+    return torch.tensor(values, dtype=dtype), ranks, draw(st.lists(st.integers(0, n), max_size=3))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows())
+def test_cuts_are_what_sorting_gives(drawn: tuple[torch.Tensor, list[list[int]], list[int]]) -> None:
+    values, ranks, edges = drawn
+    found = cuts(stream(values, edges), ranks, values.dtype)
+    assert found == [[by_sorting(row, rank) for rank in wanted] for row, wanted in zip(values, ranks, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", list(WIDTHS))
+def test_cuts_of_many_values_of_one_size(dtype: torch.dtype) -> None:
+    """Magnitudes that share their highest 16 bits: only the later sweeps can tell them apart."""
+    noise = torch.randn(2, 20_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    values = 1 + noise * 50 * torch.finfo(dtype).eps
+    ranks = [[1, 7, 10_000, 20_000], [19_999]]
+    found = cuts(stream(values, [5, 5, 13_000]), ranks, dtype)
+    assert found == [[by_sorting(row, rank) for rank in wanted] for row, wanted in zip(values, ranks, strict=True)]
+    for row, wanted in zip(values, ranks, strict=True):
+        for rank, cut in zip(wanted, found[0] if len(wanted) > 1 else found[1], strict=True):
+            assert cut.value == float(row.abs().kthvalue(row.numel() - rank + 1).values)
+
+
+def test_no_ranks_no_sweep() -> None:
+    def never(count: object, totals: object) -> None:
+        raise AssertionError("nothing was asked for")
+
+    assert cuts(never, [[], []], torch.float32) == [[], []]
+
+
+def test_the_input_is_not_changed() -> None:
+    values = torch.randn(2, 100, generator=torch.Generator().manual_seed(0))
+    before = values.clone()
+    cuts(stream(values, [50]), [[3], [7]], torch.float32)
+    ranks_in_rows(values.abs())
+    assert torch.equal(values, before)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows())
+def test_ranks_are_those_of_a_stable_argsort(drawn: tuple[torch.Tensor, list[list[int]], list[int]]) -> None:
+    magnitudes = drawn[0].abs()
+    found = ranks_in_rows(magnitudes)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), magnitudes.argsort(dim=1, stable=True).argsort(dim=1))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (2, 5000)])
+@pytest.mark.parametrize("dtype", list(WIDTHS))
+def test_ranks_of_odd_shapes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    magnitudes = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(1)).to(dtype)  # full of ties
+    assert torch.equal(ranks_in_rows(magnitudes).long(), magnitudes.argsort(dim=1, stable=True).argsort(dim=1))
