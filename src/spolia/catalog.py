@@ -37,6 +37,14 @@ class Method:
         """The function that gathers model-wide statistics before merging, where the module has one."""
         return getattr(import_module(self.module), "survey", None)
 
+    def masks(self) -> Any:
+        """The function that marks what each expert keeps of the merged change, where the method has one."""
+        return getattr(import_module(self.module), "masks", None) if self.settings_class().masked else None
+
+    def rescalers(self) -> Any:
+        """The function that gives each masked expert a factor, where the method has one."""
+        return getattr(import_module(self.module), "rescalers", None)
+
 
 _MERGE = "spolia.methods.merge."
 _SPARSE = _MERGE + "sparsify:sparsified"
@@ -82,6 +90,93 @@ METHODS: tuple[Method, ...] = (
     Method(
         "breadcrumbs_ties", "merge", "breadcrumbs' middle, then elect signs as TIES does",
         "Davari & Belilovsky 2024, arXiv 2312.06795", "weights + base", "3 reads", _SPARSE, "BreadcrumbsTies",
+    ),
+    Method(
+        "nuslerp", "merge", "spherical interpolation by weights; of tensors, rows or columns",
+        "Shoemake 1985, doi:10.1145/325165.325242", "weights", "2 reads", _MERGE + "geodesic:nuslerp", "NuSlerp",
+    ),
+    Method(
+        "multislerp", "merge", "mean direction of several models at their mean norm",
+        "Buss & Fillmore 2001, doi:10.1145/502122.502124", "weights", "2 reads",
+        _MERGE + "geodesic:multislerp", "MultiSlerp",
+    ),
+    Method(
+        "karcher", "merge", "direction nearest to all models by angle, at their mean norm",
+        "Buss & Fillmore 2001, doi:10.1145/502122.502124", "weights", "2 reads",
+        _MERGE + "geodesic:karcher", "Karcher",
+    ),
+    Method(
+        "model_stock", "merge", "between base and average, as far as the experts agree in direction",
+        "Jang et al. 2024, arXiv 2403.19522", "weights + base", "2 reads",
+        _MERGE + "model_stock:model_stock", "ModelStock",
+    ),
+    Method(
+        "sce", "merge", "merge where experts differ most, weighed by how much each changed",
+        "Wan et al. 2025, arXiv 2408.07990", "weights + base", "2 to 5 reads", _MERGE + "sce:sce", "Sce",
+    ),
+    Method(
+        "ram", "merge", "keep what one expert alone changed, average what several did",
+        "Yuan et al. 2026, arXiv 2601.13572", "weights + base", "1 read", _MERGE + "ram:ram", "Ram",
+    ),
+    Method(
+        "ramplus", "merge", "as ram, with what is an expert's own made a little larger",
+        "Yuan et al. 2026, arXiv 2601.13572", "weights + base", "2 reads", _MERGE + "ram:ram", "RamPlus",
+        aliases=("ramplus_tl",),
+    ),
+    Method(
+        "magmax", "merge", "of all changes of an element the largest", "Marczak et al. 2024, arXiv 2407.06322",
+        "weights + base", "1 read", _MERGE + "magmax:magmax", "MagMax",
+    ),
+    Method(
+        "nearswap", "merge", "one model, drawn towards another by no more than t",
+        "alchemonaut 2024; Goddard et al. 2024, arXiv 2403.13257", "weights + base", "1 read",
+        _MERGE + "nearswap:nearswap", "NearSwap",
+    ),
+    Method(
+        "arcee_fusion", "merge", "of one fine-tune only the changes that stand out",
+        "Goddard et al. 2024, arXiv 2403.13257", "weights + base", "4 reads",
+        _MERGE + "arcee_fusion:arcee_fusion", "ArceeFusion",
+    ),
+    Method(
+        "passthrough", "merge", "one model as it is, or scaled", "Goddard et al. 2024, arXiv 2403.13257",
+        "weights", "1 read", _MERGE + "passthrough:passthrough", "Passthrough",
+    ),
+    Method(
+        "tsv", "merge", "each task's strongest singular directions, turned away from each other",
+        "Gargiulo et al. 2025, arXiv 2412.00081", "weights + base", "1 read and SVDs",
+        _MERGE + "tsv:tsv", "Tsv",
+    ),
+    Method(
+        "iso_c", "merge", "the summed change with every direction equally strong",
+        "Marczak et al. 2025, arXiv 2502.04959", "weights + base", "1 read and eigendecompositions",
+        _MERGE + "iso:iso_c", "IsoC",
+    ),
+    Method(
+        "iso_cts", "merge", "as iso_c, with directions of their own for each task",
+        "Marczak et al. 2025, arXiv 2502.04959", "weights + base", "2 reads and SVDs",
+        _MERGE + "iso:iso_cts", "IsoCts",
+    ),
+    Method(
+        "wudi", "merge", "the change that disturbs each expert's own least", "Cheng et al. 2025, arXiv 2503.08099",
+        "weights + base", "1 read and 300 products a matrix", _MERGE + "wudi:wudi", "Wudi",
+    ),
+    Method(
+        "pcb", "merge", "weights compete by size and agreement, winners are merged",
+        "Du et al. 2024, arXiv 2410.02396", "weights + base", "5 to 7 reads", _MERGE + "pcb:pcb", "Pcb",
+    ),
+    Method(
+        "consensus_ta", "merge", "task arithmetic without the weights that only one task uses",
+        "Wang et al. 2024, arXiv 2405.07813", "weights + base", "1 read", _MERGE + "tall:consensus_ta", "ConsensusTa",
+    ),
+    Method(
+        "tall_masks", "merge", "the sum of all changes, and a mask an expert that takes its own out again",
+        "Wang et al. 2024, arXiv 2405.07813", "weights + base; the task, when used", "2 reads",
+        _MERGE + "tall:tall_masks", "TallMasks",
+    ),
+    Method(
+        "emr", "merge", "one elected change, and a mask and a factor an expert that turn it back into its own",
+        "Huang et al. 2024, arXiv 2405.17461", "weights + base; the task, when used", "3 reads",
+        _MERGE + "emr:emr", "Emr",
     ),
 )  # fmt: skip
 

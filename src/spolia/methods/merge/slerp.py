@@ -35,6 +35,7 @@ class Slerp(MergeSettings):
 
     base: ClassVar[str] = "optional"
     experts: ClassVar[tuple[int, int | None]] = (1, 2)
+    base_counts: ClassVar[bool] = True
 
     t: float = setting(
         0.5, "place on the arc: 0 is the first model (the base, if given), 1 the other", source="midpoint"
@@ -81,7 +82,7 @@ def _cosine(stack: Stack) -> float | None:
 
 def _shares(cosine: float | None, settings: Slerp) -> tuple[float, float] | None:
     """Factors of a and b on the arc; None where the interpolation is linear."""
-    if cosine is None or abs(cosine) > settings.dot_threshold:
+    if cosine is None or abs(cosine) > min(settings.dot_threshold, 1 - 1e-12):  # on one line there is no arc
         return None
     angle = math.acos(cosine)
     return math.sin((1 - settings.t) * angle) / math.sin(angle), math.sin(settings.t * angle) / math.sin(angle)

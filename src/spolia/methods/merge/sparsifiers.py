@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import bernoulli, entropy, words16
 from spolia.core.select import Count, Cut, cuts, ranks_in_rows
-from spolia.core.settings import each
+from spolia.core.settings import each, narrowed
 from spolia.core.stream import Block, Stack
 
 if TYPE_CHECKING:
@@ -64,10 +64,12 @@ def survey(model: Model, settings: Any) -> Survey | None:
 
 
 def _votes(stack: Stack, settings: Any, found: Survey) -> int:
-    weight = torch.tensor(each(settings.weight, len(stack.experts)), dtype=stack.dtype).unsqueeze(1)
-    keep, total = sparsifier(stack, settings, found)(), 0
-    for block in stack.blocks(by_rows(settings)):
-        total += int(keep(block, block.deltas()).mul_(weight).sum(0).sign_().sum(dtype=torch.float64))
+    mine = narrowed(settings, stack.places)
+    weight = torch.tensor(each(mine.weight, len(stack.experts)), dtype=stack.dtype).unsqueeze(1)
+    sweep, ratio = rescaled(stack, mine, found)
+    keep, total = sweep(), 0
+    for block in stack.blocks(by_rows(mine)):
+        total += int(keep(block, block.deltas()).mul_(weight * ratio).sum(0).sign_().sum(dtype=torch.float64))
     return total
 
 
@@ -89,6 +91,38 @@ def _share_out(model: Model, wanted: Cuts) -> dict[str, list[list[int]]]:
         left = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(left, take, strict=True)]
         quotas[name] = take
     return quotas
+
+
+def rescaled(stack: Stack, settings: Any, found: Survey | None) -> tuple[Callable[[], Keep], Tensor]:
+    """What makes a fresh `keep`, and the factors [experts, 1] that make up for what it drops."""
+    sweep = sparsifier(stack, settings, found)
+    if settings.rescale == "l1":
+        return _l1_ratio(stack, settings, sweep)
+    return sweep, torch.ones(len(stack.experts), 1, dtype=stack.dtype)
+
+
+def _l1_ratio(stack: Stack, settings: Any, sweep: Callable[[], Keep]) -> tuple[Callable[[], Keep], Tensor]:
+    """A sweep that remembers what was kept if memory allows, and |tau_k|_1 / |kept_k|_1 of the tensor: [experts, 1]."""
+    before = torch.zeros(len(stack.experts), dtype=torch.float64)
+    after = torch.zeros(len(stack.experts), dtype=torch.float64)
+    remember = stack.numel * len(stack.experts) // 8 <= stack.spare_bytes
+    kept_bits: dict[int, np.ndarray] = {}
+    keep = sweep()
+    for block in stack.blocks(by_rows(settings)):
+        deltas = block.deltas()
+        before += deltas.abs().sum(1)
+        kept = keep(block, deltas)
+        after += kept.abs().sum(1)
+        if remember:
+            kept_bits[block.start] = np.packbits(kept.numpy() != 0, axis=1)
+    ratio = torch.where((before < 1e-7) | (after < 1e-7), 1.0, before / after).to(stack.dtype).unsqueeze(1)
+
+    def again(block: Block, deltas: Tensor) -> Tensor:
+        bits = np.unpackbits(kept_bits[block.start], axis=1, count=deltas.shape[1])
+        np.multiply(deltas.numpy(), bits, out=deltas.numpy())
+        return deltas
+
+    return (lambda: again) if remember else sweep, ratio
 
 
 def by_rows(settings: Any) -> bool:
@@ -152,7 +186,7 @@ def _thresholds(chosen: Cuts, left: list[list[int]], exact: bool, whole: list[bo
                 continue
             kept = _top(deltas[k], row[0], left[k], 0, exact)
             if len(row) > 1:
-                kept = kept.sub_(_top(deltas[k], row[1], left[k], 1, exact))
+                kept = kept.sub_(_above(deltas[k], row[1], left[k], exact))
             deltas[k] = kept
         return deltas
 
@@ -174,12 +208,19 @@ def _top(delta: Tensor, cut: Cut, left: list[int], c: int, exact: bool) -> Tenso
     return kept
 
 
+def _above(delta: Tensor, cut: Cut, left: list[int], exact: bool) -> Tensor:
+    """What is dropped from the top. Where ties straddle the cut, "all" means that all of them stay."""
+    if not exact and cut.quota < cut.ties:
+        return torch.nn.functional.hardshrink(delta, cut.value)
+    return _top(delta, cut, left, 1, exact)
+
+
 def _row_bands(stack: Stack, bands: list[tuple[int, int]]) -> Keep:
     def keep(block: Block, deltas: Tensor) -> Tensor:
         for delta, (top, last) in zip(deltas, bands, strict=True):
             rows = delta.view(-1, stack.row)
-            if last < stack.row or top:
-                rank = ranks_in_rows(rows.abs())
+            if last < stack.row or top:  # of equal ones the lowest index counts as the largest
+                rank = ranks_in_rows(rows.abs().flip(1)).flip(1)
                 inside = (rank >= stack.row - last).logical_and_(rank < stack.row - top)
                 np.multiply(rows.numpy(), inside.numpy(), out=rows.numpy())
         return deltas

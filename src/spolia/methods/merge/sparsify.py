@@ -29,15 +29,15 @@ window is narrowed where it would leave [0, 1]; a one-element row has the densit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import field_validator
 
-from spolia.core.lazy import np, torch
+from spolia.core.lazy import torch
 from spolia.core.settings import MergeSettings, PerModel, each, setting
 from spolia.core.stream import Block, Stack
-from spolia.methods.merge.sparsifiers import Keep, Survey, by_rows, sparsifier, survey
+from spolia.methods.merge.sparsifiers import Survey, by_rows, rescaled, survey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,9 +72,8 @@ class Sparsified(MergeSettings):
         return value
 
     @property
-    def elementwise(self) -> bool:
-        """True where a tensor may be split over workers."""
-        return False
+    def whole_rows(self) -> bool:
+        return by_rows(self)
 
 
 class _Ranked(Sparsified):
@@ -173,11 +172,8 @@ class DellaLinear(Della):
 def sparsified(stack: Stack, settings: Sparsified, survey: Survey | None = None) -> Iterator[tuple[Block, Tensor]]:
     """Merged blocks of one tensor: [n] each. `survey` holds model-wide thresholds where the scope asks for them."""
     share = torch.tensor(each(settings.weight, len(stack.experts)), dtype=stack.dtype).unsqueeze(1)  # [experts, 1]
-    sweep = sparsifier(stack, settings, survey)
-    factor = share
-    if settings.rescale == "l1":
-        ratio, sweep = _l1_ratio(stack, settings, sweep)
-        factor = share * ratio
+    sweep, ratio = rescaled(stack, settings, survey)
+    factor = share * ratio
     tie_sign = survey.majority if survey is not None and settings.zero_sign == "majority" else 1.0
     keep = sweep()
     for block in stack.blocks(by_rows(settings)):
@@ -189,30 +185,6 @@ def sparsified(stack: Stack, settings: Sparsified, survey: Survey | None = None)
             mix = changes.sum(0).div_(total if settings.normalize and abs(total) >= 1e-8 else 1.0)
         assert block.base is not None
         yield block, block.base.add_(mix, alpha=settings.scale)
-
-
-def _l1_ratio(stack: Stack, settings: Sparsified, sweep: Callable[[], Keep]) -> tuple[Tensor, Callable[[], Keep]]:
-    """|tau_k|_1 / |kept_k|_1 of the whole tensor, [experts, 1], and a sweep that remembers what was kept if memory allows."""
-    before = torch.zeros(len(stack.experts), dtype=torch.float64)
-    after = torch.zeros(len(stack.experts), dtype=torch.float64)
-    remember = stack.numel * len(stack.experts) // 8 <= stack.spare_bytes
-    kept_bits: dict[int, np.ndarray] = {}
-    keep = sweep()
-    for block in stack.blocks(by_rows(settings)):
-        deltas = block.deltas()
-        before += deltas.abs().sum(1)
-        kept = keep(block, deltas)
-        after += kept.abs().sum(1)
-        if remember:
-            kept_bits[block.start] = np.packbits(kept.numpy() != 0, axis=1)
-    ratio = torch.where((before < 1e-7) | (after < 1e-7), 1.0, before / after).to(stack.dtype).unsqueeze(1)
-
-    def again(block: Block, deltas: Tensor) -> Tensor:
-        bits = np.unpackbits(kept_bits[block.start], axis=1, count=deltas.shape[1])
-        np.multiply(deltas.numpy(), bits, out=deltas.numpy())
-        return deltas
-
-    return ratio, (lambda: again) if remember else sweep
 
 
 def _agreed(changes: Tensor, share: Tensor, normalize: bool, tie_sign: float) -> Tensor:
