@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from spolia.catalog import find
+from spolia.report.figures import task_bars
 from spolia.report.ledger import main_table
+from spolia.report.plots import draw, standalone
 from spolia.report.tables import escape_markdown, to_markdown
 from spolia.runs.fields import FieldText, describe
 
@@ -152,6 +154,13 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|") if text.startswith("`") else escape_markdown(text)
 
 
+def picture(name: str) -> None:
+    """docs/results/NAME.svg: the bars of NAME.json. Lengths depend on the fonts here, so pictures are not compared."""
+    table = main_table(_ledger(name, RESULTS))
+    drawn = standalone(draw(task_bars(table), name))
+    (RESULTS / f"{name}.svg").write_text(drawn, encoding="utf-8", newline="\n")
+
+
 def main(arguments: list[str]) -> int:
     check, stale = arguments == ["--check"], 0
     for page in pages():
@@ -165,6 +174,8 @@ def main(arguments: list[str]) -> int:
             print(f"{page.relative_to(DOCS.parent)}: {'stale' if check else 'filled'}")
             if not check:
                 page.write_text(new, encoding="utf-8", newline="\n")
+    if not check and (RESULTS / "demo.json").is_file():
+        picture("demo")
     return int(check and stale > 0)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes fill the cores: more threads only wait for each other
 
 LINES = (
     "The stones of an old wall hold up a new one.",

@@ -15,6 +15,11 @@ _DOORS = {
     "plan": "spolia.runs.verbs",
     "run": "spolia.runs.verbs",
     "report": "spolia.runs.verbs",
+    "masks": "spolia.runs.masking",
+    "attach": "spolia.runs.masking",
+    "merge_adapters": "spolia.runs.adapters",
+    "inspect": "spolia.runs.inspection",
+    "compare": "spolia.runs.comparison",
     "load_recipe": "spolia.runs.recipe",
     "Recipe": "spolia.runs.recipe",
     "SpoliaError": "spolia.errors",
@@ -30,6 +35,11 @@ if TYPE_CHECKING:
     from spolia.parts.expert import Expert as Expert
     from spolia.parts.expert import ExpertPool as ExpertPool
     from spolia.parts.taskvector import TaskVector as TaskVector
+    from spolia.runs.adapters import merge_adapters as merge_adapters
+    from spolia.runs.comparison import compare as compare
+    from spolia.runs.inspection import inspect as inspect
+    from spolia.runs.masking import attach as attach
+    from spolia.runs.masking import masks as masks
     from spolia.runs.recipe import Recipe as Recipe
     from spolia.runs.recipe import load_recipe as load_recipe
     from spolia.runs.verbs import merge as merge

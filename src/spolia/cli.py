@@ -5,7 +5,6 @@ Exit codes: 2 what you gave cannot be used, 1 our fault, 130 interrupted. Nothin
 
 from __future__ import annotations
 
-import errno
 import json as jsons
 import shlex
 import shutil
@@ -17,8 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from spolia import __version__, catalog
-from spolia.errors import SpoliaError, SpoliaWarning, did_you_mean
-from spolia.runs import complete
+from spolia.errors import SpoliaError, did_you_mean
+from spolia.runs import complete, telling
 
 app = typer.Typer(
     help="New ability out of trained models instead of raw data.",
@@ -27,13 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: the same on a terminal, in a pipe and under NO_COLOR, and no import of rich
     pretty_exceptions_enable=False,
 )
-_THEIRS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EROFS,
-    errno.EPERM,
-)  # the system's refusals, not our mistakes
 
 RecipeName = Annotated[
     str,
@@ -187,6 +179,46 @@ def merge(
 
 
 @app.command()
+def inspect(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that the experts started from.")],
+    experts: Annotated[list[str], typer.Argument(metavar="EXPERT...", help="Folders, files, hub ids, BASE+ADAPTER.")],
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with figures too.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
+    json: Json = False,
+) -> None:
+    """Say whether models will merge well, and how."""
+    from spolia.runs import describe, inspection
+
+    if html is not None and not html.parent.is_dir():
+        raise SpoliaError(
+            f"there is no folder {html.parent}", where="--html", mend="name a file in a folder that exists"
+        )
+    seen = inspection.inspect(base, experts, threads=threads).to_dict()
+    if html is not None:
+        from spolia.report.inspection import render
+        from spolia.runs.environment import environment
+        from spolia.runs.store import write_whole
+
+        write_whole(html, render(seen, environment(seed=0, seeds=[])))
+    print(_json(seen) if json else describe.inspection_text(seen))
+    if html is not None and not json:
+        print(f"\npage  {html}")
+
+
+@app.command()
+def compare(
+    these: Annotated[list[str], typer.Argument(metavar="A B...", help="Two models, or two run folders or more.")],
+    threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
+    json: Json = False,
+) -> None:
+    """Compare two models, or runs, with each other."""
+    from spolia.runs import comparison
+
+    found = comparison.compare(*these, threads=threads)
+    print(_json(found.to_dict()) if json else found.to_text(_width()))
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
     to: Annotated[str, typer.Option(help="text, markdown, latex, csv, or html to write report.html again.")] = "text",
@@ -270,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"] or ["--help"]
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    warnings.showwarning = telling.show_warning  # type: ignore[assignment]
     try:
         typer.main.get_command(app).main(given, prog_name="spolia")
     except SystemExit as end:
@@ -281,27 +313,4 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        raise SystemExit(_explain(error)) from None
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    print(f"{'warning' if category is SpoliaWarning else category.__name__}: {message}", file=sys.stderr)
-
-
-def _explain(error: Exception) -> int:
-    """Tells `error` on stderr; the exit code."""
-    if isinstance(error, SpoliaError):
-        count = len(error.problems)
-        head = f"{count} problems, nothing was done\n" if count > 1 else ""
-        print(f"{head}{error}", file=sys.stderr)
-        return error.exit_code
-    if isinstance(error, OSError) and error.errno in _THEIRS:
-        what = f"{error.filename or 'the system'}: {error.strerror}"
-        print(f"{what}\n  mend: make room, or choose a place you may write to", file=sys.stderr)
-        return SpoliaError.exit_code
-    print(
-        f"spolia stopped on a mistake of its own: {type(error).__name__}: {error}\n"
-        "  mend: the same command with --debug shows the stack trace; please report it with the recipe",
-        file=sys.stderr,
-    )
-    return 1
+        raise SystemExit(telling.explain(error)) from None

@@ -220,6 +220,7 @@ def test_two_loops_of_one_phase_are_kept_apart(tmp_path):
     assert [line["phase"] for line in metrics(tmp_path)] == ["same"] * 3 + ["same (2)"] * 5
 
 
+@pytest.mark.slow
 def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
     Problem().train(Journal(tmp_path, save_every=0))
     older, newest = checkpoints(tmp_path)

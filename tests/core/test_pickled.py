@@ -94,6 +94,8 @@ def test_folders_and_their_order(tmp_path: Path) -> None:
     assert list(Inputs().open(tmp_path).entries) == ["y"]
     from safetensors.torch import save_file
 
+    save_file({"other": torch.ones(1)}, tmp_path / "consolidated.safetensors")
+    assert list(Inputs().open(tmp_path).entries) == ["y"]
     save_file({"z": torch.ones(1)}, tmp_path / "model.safetensors")
     assert isinstance(opened := Inputs().open(tmp_path), FileWeights) and list(opened.entries) == ["z"]
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from spolia.errors import SpoliaError
+from spolia.parts.layers import Layers
 from spolia.runs.mergekit import is_mergekit, read_mergekit
-from spolia.runs.mergekit_resolver import Layers
 from spolia.runs.yamlmarks import Marked, load
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -338,9 +338,9 @@ def test_references_as_mappings(read):
 @pytest.mark.parametrize(
     ("model", "told", "mend"),
     [
-        ("A+B", "a LoRA adapter (`model+adapter`) is not read yet", "merge_and_unload"),
-        ("{model: A, lora: B}", "a LoRA adapter is not read yet", "merge_and_unload"),
-        ("adapter", "is a LoRA adapter", "merge_and_unload"),
+        ("A+B", "`B` is no LoRA adapter", "adapter_config.json"),
+        ("{model: A, lora: B}", "`B` is no LoRA adapter", "adapter_config.json"),
+        ("adapter", "does not say what kind of adapter it is", "merge_and_unload"),
         (
             "mistralai/Mistral-7B-v0.1",
             "no folder here",
@@ -348,7 +348,7 @@ def test_references_as_mappings(read):
         ),
         ("org/name@dev", "no folder here", "hf download org/name --revision dev --local-dir name"),
         ("./bass", "there is no model at `./bass`", "did you mean `base`?"),
-        ("gpt2", "there is no model at `gpt2`", "downloaded into one first"),
+        ("gpt2", "there is no model at `gpt2`", "OWNER/NAME"),
         ("7", "expected the path of a model, found 7", "in quotes"),
         ("{modell: A}", "unknown key `modell`", "did you mean `model`?"),
         ("''", "expected the path of a model", "path of its folder"),
@@ -376,32 +376,27 @@ def test_an_unreadable_first_model_is_told_at_its_line(tmp_path, refusal):
         ("merge_method: dare-ties\nmodels: [{model: A}]", 1, "dare-ties", "did you mean `dare_ties`?"),
         ("merge_method: 3\nmodels: [{model: A}]", 1, "merge_method", "linear"),
         ("merge_method: {a: 1}\nmodels: [{model: A}]", 1, "merge_method", "linear"),
-        *(
-            (f"models: [{{model: A}}]\nmerge_method: {name}", 2, f"`{name}` is not read yet; it comes with", near)
-            for name, near in [
-                ("nuslerp", "`slerp`"), ("multislerp", "`linear`"), ("karcher", "`linear`"),
-                ("model_stock", "`linear`"), ("nearswap", "`slerp`"), ("arcee_fusion", "`breadcrumbs`"),
-                ("sce", "`ties`"), ("ram", "`ties`"), ("ramplus_tl", "`ties`"), ("passthrough", "slices"),
-            ]
-        ),
-        ("merge_method: linear\nslices: [{sources: []}]", 2, "`slices` is not read yet", "`models:`"),
-        ("merge_method: linear\nmodules: {default: {}}", 2, "`modules` is not read yet", "filters on tensor names"),
-        (LINEAR + "chat_template: auto", 5, "`chat_template` is not read yet", "after merging"),
-        (LINEAR + "tokenizer_source: union", 5, "`union` is not read yet", "write `base`"),
-        (LINEAR + "tokenizer: {}", 5, "`union` is not read yet", "write `base`"),
-        (LINEAR + "tokenizer: {source: base, tokens: {a: {source: B}}}", 5, "`tokens` is not read yet", "remove it"),
-        (LINEAR + "tokenizer: {source: base, pad_to_multiple_of: 8}", 5, "`pad_to_multiple_of` is not", "remove"),
+        ("merge_method: linear\nslices: [{sources: []}]", 2, "`sources` must be a list", "- model: PATH"),
+        ("merge_method: linear\nmodules: {default: {}}", 2, "either `models` or `slices`", "add one"),
+        (LINEAR + "slices: []", 5, "`slices` and `models` exclude each other", "keep one"),
+        (LINEAR + "chat_template: chat-ml", 5, "no chat template is called `chat-ml`", "did you mean `chatml`?"),
+        (LINEAR + "tokenizer_source: union", 5, "`A` has no tokenizer files", "tokenizer.json"),
+        (LINEAR + "tokenizer: {}", 5, "`A` has no tokenizer files", "tokenizer.json"),
+        (LINEAR + "tokenizer: {tokens: 3}", 5, "`tokens` must be a mapping", "source: PATH"),
+        (LINEAR + "tokenizer: {pad_to_multiple_of: 0.5}", 5, "no count of rows", "whole number"),
         (LINEAR + "tokenizer: {source: base}\ntokenizer_source: base", 5, "exclude each other", "keep one"),
         (LINEAR + "tokenizer: base", 5, "must be a mapping", "{source: base}"),
         (LINEAR + "tokenizer_source: B", 5, "`B` is none of the models", "`A`"),
         ("gate_mode: hidden\nexperts: []\nbase_model: A", 1, "mixture-of-experts recipe (`gate_mode`)", "-moe"),
         ("base_model: A\nexperts: []", 2, "mixture-of-experts recipe (`experts`)", "mergekit-moe"),
+        ("genome: {models: [A]}\ntasks: []", 1, "an evolutionary search (`genome`)", "recipe that it found best"),
         (LINEAR + "dtype: int64", 5, "whole numbers", "bfloat16"),
         (LINEAR + "out_dtype: bfloat61", 5, "bfloat61", "did you mean `bfloat16`?"),
         (LINEAR + "x-spolia: {sed: 1}", 5, "`sed`", "did you mean `seed`?"),
         (LINEAR + "x-spolia: {seed: -1}", 5, "`seed` cannot be -1", "whole number"),
         (LINEAR + "x-spolia: {strict: 1}", 5, "`strict` cannot be 1", "true or false"),
         (LINEAR + "x-spolia: {on_size_mismatch: cut}", 5, "'cut'", "refuse or truncate"),
+        (LINEAR + "x-spolia: {keep_padding: 1}", 5, "`keep_padding` cannot be 1", "true or false"),
         (LINEAR + "x-spolia: 3", 5, "must be a mapping", "on_size_mismatch"),
     ],
 )  # fmt: skip
@@ -565,22 +560,6 @@ def test_dtypes(read, keys, want):
     assert read(LINEAR + keys).out_dtype == want
 
 
-def test_tokenizer_of_the_base_or_of_a_listed_model(tmp_path, read):
-    for name, vocabulary in (("base", {"a": 0}), ("A", {"a": 0}), ("B", {"a": 0, "b": 1})):
-        make_model(tmp_path / name, vocabulary=vocabulary)
-    ties = "merge_method: ties\nbase_model: base\nmodels: [{model: %s}]\nparameters: {weight: 1}\n"
-
-    def read_here(text: str):
-        return read_mergekit(load(text, "r.yml"), folder=tmp_path)
-
-    assert read_here(ties % "A" + "tokenizer_source: base").donor.name == "base"
-    chosen = read_here(ties % "A" + "tokenizer: {source: A}")
-    assert chosen.donor.name == "A" and chosen.base.name == "base" and "config and generation files" in warned(chosen)
-    with pytest.raises(SpoliaError, match="different vocabularies") as caught:
-        read_here(ties % "B" + "tokenizer_source: base")
-    assert "r.yml:5 tokenizer_source" in str(caught.value) and "make the tokenizers equal" in str(caught.value)
-
-
 def test_donor_is_the_first_model_of_the_file(read):
     assert read("merge_method: linear\nmodels: [{model: C}, {model: A}]\nparameters: {weight: 1}").donor.name == "C"
 
@@ -685,11 +664,29 @@ _KEYS = [
     "dtype",
     "tokenizer",
     "tokenizer_source",
+    "slices",
+    "modules",
+    "chat_template",
     "x-spolia",
     "junk",
 ]
 _WORDS = st.sampled_from(
-    ["linear", "ties", "slerp", "A", "B", "base", "weight", "density", "t", "filter", "value", "model"]
+    [
+        "linear",
+        "ties",
+        "slerp",
+        "A",
+        "B",
+        "base",
+        "weight",
+        "t",
+        "filter",
+        "value",
+        "model",
+        "sources",
+        "default",
+        "slices",
+    ]
 )
 _ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | _WORDS,

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -237,7 +237,7 @@ class Staging:
             for fd in self._fds.values():
                 os.fsync(fd)
             for entry in self.folder.rglob("*"):
-                if entry.is_file() and entry.name not in self._fds:
+                if entry.is_file() and str(entry.relative_to(self.folder)) not in self._fds:
                     with entry.open("rb") as stream:
                         os.fsync(stream.fileno())
             self._rename()

@@ -40,7 +40,7 @@ class MergeSettings(Settings):
         return 0.0
 
 
-def narrowed(settings: MergeSettings, places: Sequence[int]) -> MergeSettings:
+def narrowed(settings: Any, places: Sequence[int]) -> Any:
     """The settings with every per-model field reduced to the experts at `places`."""
     fields = {name: getattr(settings, name) for name in type(settings).model_fields}
     update = {name: tuple(v[p] for p in places) for name, v in fields.items() if isinstance(v, tuple)}

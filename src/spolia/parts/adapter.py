@@ -166,7 +166,7 @@ def pattern_value(patterns: Any, module: str, default: Any, field: str, file: Pa
     for key, value in (patterns or {}).items():
         if module == key or module.endswith(f".{key}"):
             return value
-        if re.search(r"[)\]][*+{]", key):  # may take for ever on a name made for it
+        if re.search(r"\)[*+{]", key):  # may take for ever on a name made for it
             what = f"the pattern {key[:80]!r} of `{field}` repeats a group"
             raise SpoliaError(what, where=str(file.parent / CONFIG), mend="write the modules' names out")
         try:

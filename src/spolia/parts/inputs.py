@@ -31,7 +31,7 @@ class Inputs:
         if is_adapter(path):
             adapter = Adapter.open(path)
             return LoraWeights(base if base is not None else self.open(base_of(adapter)), adapter)
-        place = Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps its name
+        place = Path(os.path.abspath(path))
         if place not in self._opened:
             self._opened[place] = open_plain(path)
         return self._opened[place]
@@ -40,7 +40,8 @@ class Inputs:
 def open_plain(path: Path) -> Weights:
     """A whole model: safetensors where there are any, else a pickled state dict."""
     pickled = path.suffix != ".safetensors" and _exists(path) and has_pickles(path)
-    if pickled and not (path.is_dir() and any(path.glob("*.safetensors"))):
+    beside = path.glob("*.safetensors") if path.is_dir() else ()
+    if pickled and all(file.name.startswith(("adapter_model", "consolidated")) for file in beside):
         return PickledWeights(path)
     return FileWeights.open(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from spolia.core.checkpoint import Dtype
 from spolia.core.lazy import torch
-from spolia.core.settings import MergeSettings
+from spolia.core.settings import MergeSettings, narrowed
 from spolia.core.stream import BLOCK, Stack, Stopped, in_parallel, worker_bytes
 from spolia.errors import SpoliaError
 from spolia.parts.align import Aligned
@@ -62,16 +63,10 @@ class Merge:
     allow_nonfinite: bool = False
 
     def settings(self, tensor: Aligned) -> MergeSettings:
-        """The tensor's settings, per-model fields reduced to the experts that have it."""
+        """The tensor's settings, per-model fields reduced to the experts that have it, in its order."""
         settings = self.settings_for(tensor.name)
-        if len(tensor.places) == len(self.pool.experts):
-            return settings
-        narrowed = {
-            field: tuple(value[p] for p in tensor.places)
-            for field in type(settings).model_fields
-            if isinstance(value := getattr(settings, field), tuple)
-        }
-        return settings.model_copy(update=narrowed) if narrowed else settings
+        everyone = tensor.places == tuple(range(len(self.pool.experts)))
+        return settings if everyone else narrowed(settings, tensor.places)
 
     def parts(self) -> list[Part]:
         """Units of work, largest first; the same list for the same request."""
@@ -93,7 +88,7 @@ class Merge:
         workers = self.workers()
         found = None
         if self.survey is not None and any(tensor.arithmetic for tensor in self.tensors):
-            found = self.survey(_Model(self, workers), self.settings_for(self.tensors[0].name))
+            found = self.survey(self.model(workers), self.settings_for(self.tensors[0].name))
         counted = threading.Lock()
 
         def work(part: Part, stop: threading.Event) -> None:
@@ -108,6 +103,10 @@ class Merge:
                     progress.advance((part.stop - part.start) * self.dtypes[tensor.name].size)
 
         in_parallel(parts, work, min(workers, max(len(parts), 1)))
+
+    def model(self, workers: int) -> _Model:
+        """All its tensors, as a survey sees them."""
+        return _Model(self, workers)
 
     def stack(self, tensor: Aligned, span: tuple[int, int], stop: threading.Event | None, workers: int = 1) -> Stack:
         models = self.pool.models
@@ -144,25 +143,9 @@ class Merge:
         """A block's sum is not finite: find out whether an element is not, and whose fault it is."""
         if bool(torch.isfinite(cast).all()):
             return
-        for plane in [stack.base, *stack.experts]:
-            if plane is not None:
-                given = torch.empty(block.stop - block.start, dtype=stack.dtype)
-                plane.read(block.start, block.stop, given)
-                bad = (~torch.isfinite(given)).nonzero()
-                if len(bad):
-                    raise SpoliaError(
-                        f"tensor `{stack.name}` holds NaN or Inf, first at element {block.start + int(bad[0])}",
-                        where=plane.model,
-                        mend="this expert is broken: leave it out or get a sound copy",
-                    )
-        largest = float(values.abs().max())
+        stack.blame(block.start, block.stop)
         if bool(torch.isfinite(values).all()):
-            name = str(cast.dtype).removeprefix("torch.")
-            raise SpoliaError(
-                f"the merged value {largest:g} of `{stack.name}` is too large for {name}",
-                where=stack.name,
-                mend="write bfloat16 or float32 instead (`dtype`)",
-            )
+            raise _too_large(stack.name, values, cast)
         raise SpoliaError(
             "the merge gives NaN or Inf though all inputs are finite",
             where=stack.name,
@@ -181,26 +164,47 @@ class Merge:
             end = min(start + BLOCK, part.stop)
             out = torch.empty(end - start, dtype=getattr(torch, tensor.stored.torch_name))
             plane.read(start, end, out)
-            sink.write(tensor.name, start, out.to(getattr(torch, self.dtypes[tensor.name].torch_name)))
+            cast = out.to(getattr(torch, self.dtypes[tensor.name].torch_name))
+            if cast.dtype != out.dtype and bool((torch.isfinite(out) & ~torch.isfinite(cast)).any()):
+                raise _too_large(tensor.name, out, cast)
+            sink.write(tensor.name, start, cast)
+
+
+def _too_large(name: str, values: Tensor, cast: Tensor) -> SpoliaError:
+    dtype = str(cast.dtype).removeprefix("torch.")
+    what = f"the value {float(values.abs().max()):g} of `{name}` is too large for {dtype}"
+    return SpoliaError(what, where=name, mend="write bfloat16 or float32 instead (`dtype`)")
 
 
 def affordable_workers(
     tensors: Sequence[Aligned], experts: int, threads: int, memory: int, settings_for: SettingsFor
 ) -> int:
     """Threads of at most `threads` whose blocks fit `memory` bytes. SpoliaError when not even one does."""
-    need, largest = worker_bytes(experts, any(t.stored.code == "F64" for t in tensors)), ""
-    for tensor in tensors:
-        size = 8 if tensor.stored.code == "F64" else 4
-        held = settings_for(tensor.name).copies_held(tensor.name, tensor.shape, experts) if tensor.arithmetic else 0
-        if held * tensor.numel * size > need:
-            need, largest = int(held * tensor.numel * size), f": tensor `{tensor.name}` is merged in one piece"
+    need, largest = bytes_needed(tensors, experts, settings_for)
     if memory < need:
+        what = f": tensor `{largest}` is merged in one piece" if largest else ""
         raise SpoliaError(
-            f"{memory / 1e6:.0f} MB of chunk memory are too few for {experts} experts{largest}",
+            f"{memory / 1e6:.0f} MB of chunk memory are too few for {experts} experts{what}",
             where="chunk_memory",
-            mend=f"allow at least {need / 1e6:.0f} MB",
+            mend=f"allow at least {math.ceil(need / 1e6)} MB",
         )
     return max(1, min(threads, memory // need))
+
+
+def bytes_needed(tensors: Sequence[Aligned], experts: int, settings_for: SettingsFor) -> tuple[int, str]:
+    """Memory of one worker, and the tensor that asks for so much when it is merged in one piece."""
+    need, largest = 0, ""
+    for tensor in tensors:
+        settings, row = settings_for(tensor.name), 0
+        if tensor.arithmetic and settings.whole_rows:
+            row = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
+        need = max(need, worker_bytes(experts, tensor.wide, row))
+    for tensor in tensors:
+        held = settings_for(tensor.name).copies_held(tensor.name, tensor.shape, experts) if tensor.arithmetic else 0
+        size = int(held * tensor.numel * (8 if tensor.wide else 4))
+        if size > need:
+            need, largest = size, tensor.name
+    return need, largest
 
 
 class _Model:
@@ -223,7 +227,7 @@ class _Model:
             stack = self._merge.stack(tensor, (start, min(start + PART, tensor.numel)), stop)
 
             def padded(deltas: Tensor, own: Tensor) -> None:
-                if len(stack.places) == experts and deltas.dtype == dtype:
+                if stack.places == list(range(experts)) and deltas.dtype == dtype:
                     return count(deltas, own)
                 full = torch.zeros(experts, deltas.shape[1], dtype=dtype)
                 full[stack.places] = deltas.to(dtype)

@@ -54,6 +54,8 @@ def study_of(seeds: range) -> Study:
         settings = method.settings_class()
         if method.family != "merge" or not issubclass(settings, MergeSettings):  # what needs data is not shown here
             continue
+        if settings.experts[1] == 1 or settings.masked:  # no merge of experts, or one that needs to be told the task
+            continue
         if settings.experts[1] == 2:
             pairs.append(Entry(method.name, method.name, metric=PAIR_METRIC, domains=PAIR))
             continue

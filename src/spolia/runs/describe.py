@@ -1,4 +1,4 @@
-"""The text of `list`, `show` and `plan`: plain columns, wrapped to the terminal, whole where there is none."""
+"""The text of `list`, `show`, `plan` and `inspect`: plain columns, wrapped to the terminal, whole where there is none."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from spolia.catalog import Method
 
 FAMILIES = {"merge": "several fine-tunes of one base become one model"}
+_MEASURES = ("norm", "relative", "untouched", "effective_rank")
 _LEAST = 16  # a column is not wrapped narrower than this
 
 
@@ -59,7 +60,7 @@ def show_text(method: Method) -> str:
 
     cls = method.settings_class()
     fewest, most = cls.experts
-    experts = f"{fewest} or more" if most is None else f"{fewest} to {most}"
+    experts = f"{fewest} or more" if most is None else f"{fewest}" if fewest == most else f"{fewest} to {most}"
     facts = [("paper", method.paper), ("needs", f"{method.needs}; base {cls.base}; experts {experts}")]
     facts += [("cost", method.cost), ("recipes", ", ".join(recipe_names(method)))]
     if method.aliases:
@@ -136,6 +137,68 @@ def plan_text(plan: dict[str, Any]) -> str:
     if plan["warnings"]:
         parts += ["", "warnings", *("  " + str(line) for line in plan["warnings"])]
     return "\n".join(parts)
+
+
+def inspection_text(seen: dict[str, Any]) -> str:
+    """An inspection for people. `seen` is Inspection.to_dict()."""
+    width, experts = screen_width(), seen["experts"]
+    rows = [
+        (e["name"], *(_number(e[key], form) for key, form in zip(_MEASURES, (".4g", ".1%", ".1%", ".1f"), strict=True)))
+        for e in experts
+    ]
+    heads = ("expert", "task vector", "of the base", "untouched", "effective rank")
+    parts = [
+        f"{len(experts)} experts of {seen['base']['name']}: {seen['tensors']} tensors, {seen['elements']:,} elements"
+    ]
+    parts += ["", columns(heads, rows, width)]
+    names = [e["name"] for e in experts]
+    for title, key in (("cosines between task vectors", "cosines"), ("signs in conflict (50% is chance)", "conflict")):
+        form = ".2f" if key == "cosines" else ".0%"
+        matrix = zip(names, seen[key], strict=True)
+        if len(names) > 1:
+            parts += ["", title]
+            parts += [columns(("", *names), [(n, *(_number(v, form) for v in row)) for n, row in matrix], width)]
+    layers = [
+        (
+            item["layer"],
+            *(_number(v, ".1%") for v in item["relative"]),
+            _number(item["cosine"], ".2f"),
+            _number(item["conflict"], ".0%"),
+        )
+        for item in seen["layers"]
+    ]
+    parts += ["", "task vector over base, by layer; cosine and conflict are means over pairs"]
+    parts += [columns(("layer", *names, "cosine", "conflict"), layers, width)]
+    parts += _words_text(seen, width)
+    parts += ["", "findings", *("  " + f["text"] for f in seen["findings"])] if seen["findings"] else []
+    parts += ["", "warnings", *("  " + line for line in seen["warnings"])] if seen["warnings"] else []
+    parts += ["", *seen["notes"], "", "verdict", "  " + seen["verdict"]]
+    if seen["recipe"]:
+        parts += ["", "recipe to begin with", "", seen["recipe"].rstrip()]
+    return "\n".join(parts)
+
+
+def _words_text(seen: dict[str, Any], width: int | None) -> list[str]:
+    """Tokenizers and configs, where there are any."""
+    parts = []
+    told = [v for v in seen["vocabularies"] if v["tokens"] is not None or v["config_vocab_size"] is not None]
+    if told or any(v["against_base"] not in ("", "no tokenizer") for v in seen["vocabularies"]):
+        keys = ("tokens", "added_tokens", "config_vocab_size")
+        rows = [
+            (v["model"], *("-" if v[k] is None else str(v[k]) for k in keys), v["against_base"])
+            for v in seen["vocabularies"]
+        ]
+        heads = ("model", "tokens", "of them added", "config says", "against the base")
+        parts += ["", "vocabularies", columns(heads, rows, width)]
+    if seen["config_differences"]:
+        names = list(seen["config_differences"][0]["values"])
+        rows = [(d["key"], *(str(d["values"][n]) for n in names)) for d in seen["config_differences"]]
+        parts += ["", "configs differ", columns(("entry", *names), rows, width)]
+    return parts
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _duration(seconds: float) -> str:

@@ -1,47 +1,60 @@
 """Reads mergekit's YAML recipes: same file, same numbers, every mistake found before a weight is read.
 
-Ten methods are read (mergekit_settings.SPECS); what comes with a later release is refused by name. Where mergekit skips
-an unknown key or parameter in silence, we stop (`strict: false` in an `x-spolia:` block makes that a warning).
-Departures: arithmetic is fp32 throughout, so `dtype` only names the output's type where `out_dtype` does not. Two
-spellings of one path are one model. Config and tokenizer come from `base_model`, else from the first model of the file.
-A base without weight stays out of a `linear` merge. `bf16`, `fp16`, `fp32` and `float64` are understood too.
+All its methods are read (mergekit_settings.SPECS), over whole models, slices of layers and modules (mergekit_grammar),
+with tokenizer section and chat template. Where mergekit skips an unknown key or parameter in silence, we stop
+(`strict: false` in an `x-spolia:` block makes that a warning). Departures: arithmetic is fp32 throughout, so `dtype` only
+names the output's type where `out_dtype` does not. Two spellings of one path are one model. Config and tokenizer come
+from `base_model`, else from the first model of the file. A base without weight stays out of a `linear` merge. `bf16`,
+`fp16`, `fp32` and `float64` are understood. Several documents in one file: mergekit_multi.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from spolia.catalog import find
-from spolia.core.checkpoint import Checkpoint
 from spolia.errors import SpoliaError, did_you_mean
-from spolia.runs.mergekit_models import read_reference, read_tokenizer
-from spolia.runs.mergekit_resolver import Layers, Resolver, Source
-from spolia.runs.mergekit_settings import LATER, SPECS, Check, Given, read_parameters
-from spolia.runs.request import MergeRequest, ModelRef
+from spolia.parts.expert import Weights
+from spolia.parts.inputs import Inputs
+from spolia.runs.mergekit_grammar import Grammar, Member, Module
+from spolia.runs.mergekit_models import read_reference
+from spolia.runs.mergekit_resolver import Resolver, Row
+from spolia.runs.mergekit_roles import roles
+from spolia.runs.mergekit_settings import SPECS, Check, Given, read_parameters
+from spolia.runs.mergekit_templates import read_template
+from spolia.runs.mergekit_tokens import Section, Tokens, read_section
+from spolia.runs.mergekit_wiring import REST, Headers, Wired, Wirer
+from spolia.runs.request import MergeRequest, ModelRef, TokenPlan, distinct
 from spolia.runs.yamlmarks import Marked
 from spolia.runs.yamlmarks import Path as Place
 
 _TOP = (
-    "merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
-    "x-spolia",
+    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
+    "tokenizer_source", "tokenizer", "chat_template", "x-spolia",
 )  # fmt: skip
 _TOLERATED = ("name", "residual_weight")  # mergekit accepts them and makes no use of them in a single merge
-_SIGNS = ("merge_method", "models", "slices", "modules", "base_model", "gate_mode", "tokenizer_source", "x-spolia")
-_METHODS_LATER = {  # and what is nearest meanwhile
-    "nuslerp": "slerp", "multislerp": "linear", "karcher": "linear", "model_stock": "linear", "nearswap": "slerp",
-    "arcee_fusion": "breadcrumbs", "sce": "ties", "ram": "ties", "ramplus_tl": "ties", "passthrough": "",
-}  # fmt: skip
-_KEYS_LATER = {
-    "slices": "list whole models under `models:`; stacking layers of several models has no substitute yet",
-    "modules": "list the models under `models:`; their settings can be set apart by filters on tensor names",
-    "chat_template": "remove the key and put the template into the result's tokenizer files after merging",
+_SIGNS = (
+    "merge_method", "models", "slices", "modules", "base_model", "gate_mode", "genome", "tokenizer_source", "x-spolia",
+)  # fmt: skip
+_OTHER_TOOLS = {  # recipes of mergekit's other commands, by a key that only they have
+    "gate_mode": ("a mixture-of-experts recipe", "build it with mergekit-moe; here models of one shape are merged"),
+    "experts": ("a mixture-of-experts recipe", "build it with mergekit-moe; here models of one shape are merged"),
+    "genome": ("an evolutionary search", "run mergekit-evolve, then merge here the recipe that it found best"),
 }
 _DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32", "float64": "float64"}
 _DTYPES |= {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+_EXTRA: dict[str, tuple[Any, str]] = {  # key of `x-spolia` -> default, what it may be
+    "strict": (True, "true or false"),
+    "on_size_mismatch": ("refuse", "refuse or truncate"),
+    "seed": (0, "a whole number from 0 on"),
+    "keep_padding": (False, "true or false"),
+    "legacy_post_weights": (False, "true or false"),
+    "keep_intermediate": (False, "true or false"),
+}
 
 
 def is_mergekit(value: Any) -> bool:
@@ -51,99 +64,93 @@ def is_mergekit(value: Any) -> bool:
     return "merge_method" in value or ("spolia" not in value and any(key in value for key in _SIGNS))
 
 
-def read_mergekit(marked: Marked, *, folder: Path, strict: bool = True) -> MergeRequest:
+def read_mergekit(
+    marked: Marked, *, folder: Path, strict: bool = True, named: Mapping[str, Path] | None = None
+) -> MergeRequest:
     """The merge that a mergekit recipe asks for. Relative model paths start at `folder`, then at the current one.
 
-    Opens the headers of the first model (for the number of layers), no weights. Raises SpoliaError with all that is
-    wrong.
+    `named`: models that go by a name in this recipe. Opens headers of models, no weights: of the first one for its
+    layers, of all for slices, modules and tokenizers. Raises SpoliaError with all that is wrong.
     """
     value = marked.value
     if not isinstance(value, dict):
         raise SpoliaError(
             "a mergekit recipe is a mapping", where=marked.where(), mend="start with `merge_method: linear`"
         )
-    for key in ("gate_mode", "experts"):
+    for key, (what, mend) in _OTHER_TOOLS.items():
         if key in value and "merge_method" not in value:
-            mend = "use mergekit-moe for it; `spolia list` names what can be merged here"
-            raise SpoliaError(f"a mixture-of-experts recipe (`{key}`) {LATER}", where=marked.where((key,)), mend=mend)
-    return _Reader(marked, Path(folder), strict).read()
-
-
-@dataclass(frozen=True)
-class _Model:
-    """An entry under `models`."""
-
-    ref: ModelRef
-    at: Place
-    given: Given
-
-    def same_as(self, other: ModelRef | None) -> bool:
-        return other is not None and self.ref.path.resolve() == other.path.resolve()
+            raise SpoliaError(f"{what} (`{key}`) is not read here", where=marked.where((key,)), mend=mend)
+    return _Reader(marked, Path(folder), strict, named or {}).read()
 
 
 class _Reader:
     """One pass over one file; notes everything before it raises."""
 
-    def __init__(self, marked: Marked, folder: Path, strict: bool):
+    def __init__(self, marked: Marked, folder: Path, strict: bool, named: Mapping[str, Path]):
         self.value: dict[str, Any] = {key: v for key, v in marked.value.items() if v is not None}
         self.marked, self.folder = marked, folder
-        self.check = Check(marked, strict)
-        self.lost = False  # a model could not be read: counting them would mislead
+        self.check = Check(marked, strict, named=named)
+        self.inputs = Inputs()
+        self.headers = Headers(self.check, self._open)
 
     def read(self) -> MergeRequest:
         check, value = self.check, self.value
         extra = self._extra()
-        check.keys(self.marked.value, (), _TOP, tolerated=(*_KEYS_LATER, *_TOLERATED))
-        for key, mend in _KEYS_LATER.items():
-            if key in value:
-                check.error((key,), f"`{key}` {LATER}", mend)
+        check.keys(self.marked.value, (), _TOP, _TOLERATED)
         method = self._method()
         dtypes = [self._dtype(key) for key in ("out_dtype", "dtype")]
-        base = self._reference(value["base_model"], ("base_model",)) if "base_model" in value else None
-        models = self._models(method)
+        grammar = Grammar(check, method, self._refer)
+        base = self._refer(value["base_model"], ("base_model",)) if "base_model" in value else None
+        if not any(key in value for key in ("models", "slices", "modules")):
+            self._missing("models", "write `models:` and below it `- model: PATH`")
+        modules = grammar.read(value, base)
         top = read_parameters(value.get("parameters"), ("parameters",), check, method, model=False)
-        known = [*([base] if base else []), *(model.ref for model in models)]
-        donor = read_tokenizer(value, [] if self.lost else known, check, self.folder)
-        if method is None or not models or self.lost:
+        section = read_section(value, self._refer, check)
+        members = [m for module in modules for slice in module.slices for m in slice.members]
+        listed = [*([base] if base is not None else []), *(m.ref for m in members)]
+        template = read_template(value, [*(m.ref for m in members), *listed[:1]], check)
+        if method is None or not members or grammar.lost or ("base_model" in value and base is None):
             check.raise_if_any()
             raise AssertionError("a missing method or model has left a problem")
-        experts = self._experts(method, base, models, top)
-        resolver = self._resolver(method, models, [source for _, source in experts], top)
+        wired, resolver = self._values(method, modules, top, extra["legacy_post_weights"])
+        donor = base or members[0].ref
+        tokens = self._tokens(section, listed, base is not None, extra["keep_padding"], donor)
         check.raise_if_any()
         return MergeRequest(
             method=find(SPECS[method].method),
-            experts=[ref for ref, _ in experts],
+            experts=wired.experts,
             settings_for=resolver.settings_for,
-            base=None if method == "linear" else base,
+            base=wired.base,
             out_dtype=dtypes[0] or dtypes[1],
-            donor=donor or base or models[0].ref,
+            donor=donor,
             seed=extra["seed"],
             recipe=yaml.safe_dump(self.marked.value, sort_keys=False, allow_unicode=True, width=120),
             recipe_name="mergekit_config.yml",
             warnings=check.problems.warnings,
             on_size_mismatch=extra["on_size_mismatch"],
             check_tensors=resolver.check_tensors,
+            wiring=wired.wires or None,
+            reshape=wired.reshape if wired.reshapes else None,
+            tokens=tokens,
+            chat_template=template,
         )
 
     def _extra(self) -> dict[str, Any]:
-        """Our own block, which mergekit skips: strict, on_size_mismatch, seed."""
-        block, found = self.value.get("x-spolia", {}), {"strict": True, "on_size_mismatch": "refuse", "seed": 0}
-        valid = {
-            "strict": (lambda v: isinstance(v, bool), "true or false"),
-            "on_size_mismatch": (lambda v: v in ("refuse", "truncate"), "refuse or truncate"),
-            "seed": (lambda v: type(v) is int and v >= 0, "a whole number from 0 on"),
-        }
+        """Our own block, which mergekit skips."""
+        block, found = self.value.get("x-spolia", {}), {key: default for key, (default, _) in _EXTRA.items()}
         if not isinstance(block, dict):
-            self.check.error(("x-spolia",), "`x-spolia` must be a mapping", f"known: {', '.join(valid)}")
+            self.check.error(("x-spolia",), "`x-spolia` must be a mapping", f"known: {', '.join(_EXTRA)}")
             return found
-        for key in valid.keys() & block.keys():
-            fits, wanted = valid[key]
-            if fits(block[key]):
-                found[key] = block[key]
+        for key, (default, wanted) in _EXTRA.items():
+            given = block.get(key, default)
+            choices = ("refuse", "truncate")
+            fits = type(given) is type(default) and (given in choices if default in choices else given >= 0)
+            if fits:
+                found[key] = given
             else:
-                self.check.error(("x-spolia", key), f"`{key}` cannot be {block[key]!r}", f"write {wanted}")
+                self.check.error(("x-spolia", key), f"`{key}` cannot be {given!r}", f"write {wanted}")
         self.check.strict = self.check.strict and found["strict"]
-        self.check.keys(block, ("x-spolia",), tuple(valid))
+        self.check.keys(block, ("x-spolia",), tuple(_EXTRA))
         return found
 
     def _method(self) -> str | None:
@@ -155,22 +162,15 @@ class _Reader:
             return name
         if name is None:
             self._missing("merge_method", f"add one of {', '.join(SPECS)}")
-        elif name in _METHODS_LATER:
-            near = _METHODS_LATER[name]
-            mend = (
-                f"nearest meanwhile: `{near}`"
-                if near
-                else "to copy one model no merge is needed; stacking waits for `slices`"
-            )
-            self.check.error(("merge_method",), f"the method `{name}` {LATER}", mend)
         else:
             self.check.error(("merge_method",), f"no method is called `{name}`", did_you_mean(name, SPECS))
         return None
 
     def _missing(self, key: str, mend: str) -> None:
         """Notes that `key` is missing, unless it stands there misspelt and that has been told."""
-        misspelt = f"did you mean `{key}`?"
-        told = (did_you_mean(word, _TOP) == misspelt for word in self.value)
+        forms = ("models", "slices", "modules") if key == "models" else (key,)
+        misspelt = {f"did you mean `{form}`?" for form in forms}
+        told = (did_you_mean(word, _TOP) in misspelt for word in self.value)
         if not (self.check.strict and any(told)):
             self.check.error((), f"`{key}` is missing", mend)
 
@@ -189,103 +189,58 @@ class _Reader:
         self.check.error((key,), what, mend)
         return None
 
-    def _models(self, method: str | None) -> list[_Model]:
-        entries = self.value.get("models")
-        if entries is None and ("slices" in self.value or "modules" in self.value):
-            self.lost = True  # told already
-            return []
-        mend = "write `models:` and below it `- model: PATH`"
-        if entries is None:
-            self._missing("models", mend)
-        elif not isinstance(entries, list) or not entries:
-            self.check.error(("models",), "`models` must be a list of models", mend)
-        if not isinstance(entries, list):
-            return []
-        models: list[_Model] = []
-        for i, entry in enumerate(entries):
-            at: Place = ("models", i)
-            if not isinstance(entry, dict) or "model" not in entry:
-                path = entry if isinstance(entry, str) else "PATH"
-                self.check.error(at, "this entry names no model", f"write `- model: {path}`")
-                self.lost = True
-            if not isinstance(entry, dict):
-                continue
-            self.check.keys(entry, at, ("model", "parameters"))
-            given = read_parameters(entry.get("parameters"), (*at, "parameters"), self.check, method, model=True)
-            ref = self._reference(entry["model"], (*at, "model")) if "model" in entry else None
-            if ref is None:
-                continue
-            twin = next((model for model in models if model.same_as(ref)), None)
-            if twin:
-                first = self.marked.lines[twin.at]
-                self.check.error(at, f"`{ref.name}` is listed twice, first in line {first}", "keep one of the two")
-            models.append(_Model(ref, at, given))
-        return models
+    def _refer(self, value: Any, at: Place) -> ModelRef | None:
+        return read_reference(value, at, self.check, self.folder)
 
-    def _reference(self, value: Any, at: Place) -> ModelRef | None:
-        ref = read_reference(value, at, self.check, self.folder)
-        self.lost = self.lost or ref is None
-        return ref
+    def _open(self, ref: ModelRef) -> Weights:
+        return self.inputs.open(ref.path, ref.lora)
 
-    def _experts(
-        self, method: str, base: ModelRef | None, models: list[_Model], top: Given
-    ) -> list[tuple[ModelRef, Source]]:
-        """Who is merged, in the file's order. In `linear` the base is one of them if it has a weight."""
-        check, linear = self.check, method == "linear"
-        experts: list[tuple[ModelRef, Source]] = []
-        for model in models:
-            weighted = "weight" in model.given.settings or "weight" in top.settings
-            if not model.same_as(base):
-                experts.append((model.ref, Source(model.ref.name, model.at, model.given)))
-            elif linear and weighted:
-                experts.append((model.ref, Source(model.ref.name, model.at, model.given, silent=0.0)))
-            elif linear:
-                check.warn(
-                    model.at, f"the base `{model.ref.name}` has no weight and stays out of the merge", "give it one"
-                )
-            elif model.given.settings:
-                names = ", ".join(f"`{name}`" for name in model.given.settings)
-                check.warn(
-                    model.at, f"{names} of the base changes nothing: only the other models are weighed", "remove it"
-                )
-        if linear and base and not any(model.same_as(base) for model in models):
-            if "weight" in top.settings:
-                experts.append((base, Source(base.name, ("base_model",), Given(), silent=0.0)))
-            else:
-                what = f"the base `{base.name}` has no weight and stays out of the merge"
-                check.warn(("base_model",), what, "list it under `models:` with a weight if it should take part")
-        if not linear and base is None:
-            what = f"`{method}` needs a base" + (": the model at t = 0" if method == "slerp" else "")
-            check.error(("merge_method",), what, "add `base_model: PATH`")
-        elif not experts:
-            check.error(("models",), "only the base is listed", "add a model to merge with it")
-        elif method == "slerp" and len(experts) != 1:
-            what = f"`slerp` takes two models, the base and one other; found {len(experts)} others"
-            check.error(("models",), what, "keep one, or use `linear` for several")
-        return experts
+    def _values(self, method: str, modules: list[Module], top: Given, legacy: bool) -> tuple[Wired, Resolver]:
+        """Who is merged with whom, and with which settings. Whole models need no wiring."""
+        if len(modules) == 1 and modules[0].name in REST and modules[0].slices[0].whole:
+            wired, row_of, names = self._whole(method, modules[0], top)
+        else:
+            found = Wirer(method, top, self.headers, self.check, legacy).wire(modules)
+            if found is None:
+                self.check.raise_if_any()
+                raise AssertionError("slices that cannot be laid out have left a problem")
+            wired, row_of, names = found, found.rows.__getitem__, list(found.rows)
+        resolver = Resolver(method, row_of, len(wired.experts), self.marked)
+        self._settle(resolver, names)
+        if names and not self.check.problems.errors:
+            levels = [*(s.given for m in modules for s in m.slices), *(m.given for m in modules), top]
+            for given in (*levels, *(m.given for module in modules for s in module.slices for m in s.members)):
+                self._gradients(given, wired.longest)
+        return wired, resolver
 
-    def _resolver(self, method: str, models: list[_Model], sources: list[Source], top: Given) -> Resolver:
-        """Positions come from the first model of the file; what its tensors lack is told here."""
-        check, first = self.check, models[0]
-        names: list[str] = []
-        layers = Layers(())
+    def _whole(self, method: str, module: Module, top: Given) -> tuple[Wired, Any, list[str]]:
+        """Every tensor of the same name in all models. Positions come from the first model of the file; what its
+        tensors lack is told here."""
+        (slice,) = module.slices
+        levels = (slice.given, module.given, top)
+        cast = roles(method, slice, levels, self.check)
+        opened = self.headers.of(slice.members[0])
+        wired = Wired(cast.base.ref if cast.base is not None else None, [m.ref for m in cast.experts])
+        places = tuple(range(len(cast.experts)))
+        wired.longest = opened[1].count if opened else 0
+
+        def row_of(tensor: str) -> Row:
+            t = opened[1].position(tensor) if opened else 0.0
+            return Row(cast.sources, places, (tensor,) * len(places), levels, t)
+
+        return wired, row_of, list(opened[0].entries) if opened else []
+
+    def _settle(self, resolver: Resolver, names: list[str]) -> None:
+        """Notes values that are unset, or that make no sense together."""
+        errors = self.check.problems.errors
+        errors.extend(problem for problem in resolver.unset(names) if problem not in errors)
+        if errors:
+            return
         try:
-            checkpoint = Checkpoint.open(first.ref.path)
-            names, layers = list(checkpoint.tensors), Layers(checkpoint.tensors, checkpoint.config)
+            for name in names:
+                resolver.settings_for(name)
         except SpoliaError as error:
-            for problem in error.problems:
-                check.error((*first.at, "model"), f"{problem.where}: {problem.what}", problem.mend)
-        resolver = Resolver(method, sources, top, layers, self.marked)
-        check.problems.errors.extend(resolver.unset(names))
-        if names and not check.problems.errors:
-            try:
-                for name in names:
-                    resolver.settings_for(name)
-            except SpoliaError as error:
-                check.problems.errors.extend(error.problems)
-            for given in (top, *(source.given for source in sources)):
-                self._gradients(given, layers.count)
-        return resolver
+            errors.extend(error.problems)
 
     def _gradients(self, given: Given, layers: int) -> None:
         for name, setting in given.settings.items():
@@ -295,3 +250,16 @@ class _Reader:
                     what = f"the gradient of `{name}` has {count} values for {layers} layers"
                     mend = "values between two layers are never reached" if layers > 1 else "only one value is used"
                     self.check.warn(entry.at, what, mend)
+
+    def _tokens(
+        self, section: Section | None, listed: list[ModelRef], based: bool, keep: bool, donor: ModelRef
+    ) -> TokenPlan | None:
+        """The plan of the tokenizer section, over the base and then the models in the file's order."""
+        if section is None or self.check.problems.errors:
+            return None
+        models = distinct(listed)
+        opened = [self.headers.of(Member(ref, section.at)) for ref in models]
+        weights = [found[0] for found in opened if found is not None]
+        if len(weights) < len(models):
+            return None
+        return Tokens(section, models, based, weights, self._refer, self.check).plan(keep, donor)

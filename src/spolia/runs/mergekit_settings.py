@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path as PathOnDisk
 from typing import Any
 
 from spolia.errors import Problem, Problems, did_you_mean
@@ -20,14 +21,18 @@ from spolia.runs.yamlmarks import Path as Place
 
 @dataclass(frozen=True)
 class Spec:
-    """How one mergekit method is read: our method, its parameters with mergekit's defaults (None: required)."""
+    """How one mergekit method is read: our method, its parameters with mergekit's defaults (None: required).
+
+    `fixed` holds fields in which mergekit's meaning differs from the papers'. `base_model` is "required", "optional" or,
+    where it is merged like the others, a "member"; `others` says how few and many models stand beside it.
+    """
 
     method: str
     each: Mapping[str, float | None]
     whole: Mapping[str, float | None]
-    fixed: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # fields in which mergekit's meaning differs from the papers'
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    base: str = "required"
+    others: tuple[int, int | None] = (1, None)
 
 
 _VOTE = {"zero_sign": "+"}  # a sum that cancels counts as positive
@@ -40,8 +45,8 @@ def _sparse(method: str, normalize: float, rescale: float, fixed: Mapping[str, A
 
 
 SPECS: dict[str, Spec] = {
-    "linear": Spec("average", {"weight": None}, {"normalize": 1.0}),
-    "slerp": Spec("slerp", {}, {"t": None}, {"dot_threshold": 0.9995}),
+    "linear": Spec("average", {"weight": None}, {"normalize": 1.0}, base="member"),
+    "slerp": Spec("slerp", {}, {"t": None}, {"dot_threshold": 0.9995}, others=(1, 1)),
     "task_arithmetic": Spec("task_arithmetic", {"weight": None}, {"normalize": 0.0, "lambda": 1.0}),
     "ties": _sparse("ties", 1.0, 0.0, _RANK),
     "dare_ties": _sparse("dare_ties", 0.0, 1.0, _VOTE),
@@ -50,14 +55,51 @@ SPECS: dict[str, Spec] = {
     "breadcrumbs_ties": _sparse("breadcrumbs_ties", 0.0, 0.0, _RANK, gamma=0.01),
     "della": _sparse("della", 1.0, 1.0, _VOTE, epsilon=0.15),
     "della_linear": _sparse("della_linear", 0.0, 1.0, _VOTE, epsilon=0.15),
+    "nuslerp": Spec(
+        "nuslerp", {"weight": None}, {"nuslerp_flatten": 1.0, "nuslerp_row_wise": 0.0}, {}, "optional", (2, 2)
+    ),
+    "multislerp": Spec(
+        "multislerp", {"weight": None}, {"normalize_weights": 1.0, "eps": 1e-8}, {}, "optional", (2, None)
+    ),
+    "karcher": Spec("karcher", {}, {"max_iter": 10.0, "tol": 1e-5}, base="member"),
+    "model_stock": Spec(
+        "model_stock", {}, {"filter_wise": 0.0}, {"clamp": False, "least_product": 1e-6}, others=(2, None)
+    ),
+    "nearswap": Spec("nearswap", {}, {"t": None}, others=(1, 1)),
+    "arcee_fusion": Spec("arcee_fusion", {}, {}, others=(1, 1)),
+    "sce": Spec("sce", {}, {"select_topk": 1.0}, {"floor": 1e-6}),
+    "ram": Spec("ram", {}, {"epsilon": 1e-5}),
+    "ramplus_tl": Spec("ramplus", {}, {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}, {"scope": "tensor"}),
+    "passthrough": Spec("passthrough", {"scale": 1.0}, {}, base="member", others=(1, 1)),
 }
+_FIELDS = {  # fields of ours that go by another name
+    "lambda": "scale", "normalize_weights": "normalize", "select_topk": "density", "r": "boost", "alpha": "cap",
+}  # fmt: skip
+_KINDS: dict[str, Any] = {"normalize": bool, "normalize_weights": bool, "max_iter": int}
+
+
+def fields_of(whole: Mapping[str, Any]) -> dict[str, Any]:
+    """mergekit's parameters of the whole merge as fields of our settings."""
+    fields: dict[str, Any] = {}
+    for name, value in whole.items():
+        if name == "rescale":
+            fields[name] = "l1" if value else "none"
+        elif name == "filter_wise":
+            fields["scope"] = "row" if value else "tensor"
+        elif name == "nuslerp_flatten":  # row_wise means along the first dimension there
+            fields["scope"] = "tensor" if value else "column" if whole["nuslerp_row_wise"] else "row"
+        elif name != "nuslerp_row_wise":
+            fields[_FIELDS.get(name, name)] = _KINDS.get(name, float)(value)
+    return fields
+
+
 EACH = ("weight", "density", "gamma", "epsilon", "scale")  # of one model, in any mergekit method
 WHOLE = (
     "t", "normalize", "lambda", "rescale", "int8_mask", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise",
     "normalize_weights", "eps", "max_iter", "tol", "select_topk", "r", "alpha",
 )  # fmt: skip
 LATER = "is not read yet; it comes with a later release"
-SHARES = ("density", "gamma", "epsilon")  # fractions of a tensor's elements
+SHARES = ("density", "gamma", "epsilon", "select_topk")  # from 0 to 1
 
 
 @dataclass
@@ -67,6 +109,7 @@ class Check:
     doc: Marked
     strict: bool = True
     problems: Problems = field(default_factory=Problems)
+    named: Mapping[str, PathOnDisk] = field(default_factory=dict)  # models that go by a name: earlier documents
 
     def error(self, at: Place, what: str, mend: str = "") -> None:
         self.problems.add(self.doc.where(at), what, mend)
@@ -148,7 +191,7 @@ def read_parameters(value: Any, at: Place, check: Check, method: str | None, *, 
             check.unheard(
                 here, f"no parameter is called `{name}`", near if near.startswith("did") else did_you_mean(name, ours)
             )
-        elif model and name in WHOLE:
+        elif model and name in (spec.whole if spec and name in ours else WHOLE):
             check.unheard(
                 here, f"`{name}` belongs to the whole merge, not to one model", "move it to the top-level `parameters:`"
             )
@@ -233,11 +276,11 @@ def _in_range(name: str, setting: Setting, check: Check) -> Setting:
     fixed = []
     for entry in setting:
         low, high = min(entry.values), max(entry.values)
-        if low < 0 or (high > 1 and name != "density"):
+        if low < 0 or (high > 1 and name not in ("density", "select_topk")):
             check.error(
                 entry.at, f"`{name}` is a share, found {low if low < 0 else high:g}", "give a number from 0 to 1"
             )
         elif high > 1:
-            check.warn(entry.at, f"density {high:g} keeps everything, as 1 does", "a share is meant: 0.2 keeps 20 %")
+            check.warn(entry.at, f"{name} {high:g} keeps everything, as 1 does", "a share is meant: 0.2 keeps 20 %")
         fixed.append(Entry(entry.filter, tuple(min(1.0, max(0.0, v)) for v in entry.values), entry.at))
     return tuple(fixed)

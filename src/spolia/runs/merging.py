@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections import Counter
@@ -15,13 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from spolia.catalog import Method
 from spolia.core.checkpoint import BY_TORCH_NAME, Checkpoint, Dtype
-from spolia.core.layout import Layout, Slot, Staging, free_bytes
+from spolia.core.layout import Layout, Slot, Staging, disk_error, free_bytes
 from spolia.core.lazy import torch
-from spolia.core.stream import cores, worker_bytes
+from spolia.core.stream import cores
 from spolia.errors import Problem, Problems, SpoliaError, SpoliaWarning
 from spolia.parts.align import Aligned, align, warnings_of
-from spolia.parts.expert import Expert, ExpertPool, FileWeights
-from spolia.parts.merging import Merge, affordable_workers
+from spolia.parts.expert import Expert, ExpertPool
+from spolia.parts.inputs import Inputs
+from spolia.parts.lora import LoraWeights
+from spolia.parts.masks import FOLDER, file_of, make_masks, mask_bytes
+from spolia.parts.merging import Merge, affordable_workers, bytes_needed
+from spolia.runs.along import copied, digest, dress, result_config, texts
+from spolia.runs.masking import check_names
 from spolia.runs.plan import Input, Phase, Plan
 from spolia.runs.request import MergeRequest, ModelRef
 
@@ -30,14 +37,13 @@ if TYPE_CHECKING:
 
 GB = 1_000_000_000
 _TORCH_BYTES = 230_000_000  # a process that has imported torch and read a recipe
-_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)$|\.index\.json$")
-_DONATED = re.compile(
-    r"^(.*config\.json|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|chat_template\..*|.*\.jinja|.*\.tiktoken|.*\.py)$"
-)
 # Input bytes a second that two cores merge with warm pages: docs/results/merge_speed.json.
 _RATES = {
     "average": 1.8e9, "task_arithmetic": 1.8e9, "slerp": 1.3e9, "ties": 0.40e9, "dare": 0.7e9, "dare_ties": 0.6e9,
     "della": 0.11e9, "della_linear": 0.11e9, "breadcrumbs": 0.35e9, "breadcrumbs_ties": 0.33e9,
+    "consensus_ta": 0.9e9, "tall_masks": 0.9e9, "emr": 0.3e9, "pcb": 0.15e9,
+    # for matrices 1024 wide; a matrix k times as wide takes k times as long a byte
+    "iso_c": 30e6, "tsv": 8e6, "iso_cts": 7e6, "wudi": 1e6,
 }  # fmt: skip
 
 
@@ -60,8 +66,12 @@ def prepare(request: MergeRequest, out: Path | None = None, max_shard_size: int 
     problems.warnings.extend(request.warnings)
     pool = _open(request, problems)
     problems.raise_if_any()
-    fit_pool(request.method, pool, problems)
-    aligned, tied = align(pool, problems, request.on_size_mismatch)
+    dress(pool, request, problems)
+    if request.wiring is None:
+        fit_pool(request.method, pool, problems)
+    if request.method.settings_class().masked:
+        check_names(pool, problems)
+    aligned, tied = align(pool, problems, request.on_size_mismatch, request.wiring)
     problems.raise_if_any()
     problems.warnings.extend(warnings_of(pool))
     if request.check_tensors is not None:
@@ -70,19 +80,17 @@ def prepare(request: MergeRequest, out: Path | None = None, max_shard_size: int 
     slots = [Slot(tensor.name, dtypes[tensor.name], tensor.shape) for tensor in aligned]
     layout = Layout.of(slots, max_shard_size)
     if out is not None:
-        _check_target(out, layout, pool, problems)
+        _check_target(out, layout.nbytes + sum(_masks(request.method, aligned, pool).values()), request, problems)
     problems.raise_if_any()
     return Prepared(request, pool, aligned, tied, dtypes, layout, problems.warnings)
 
 
 def _open(request: MergeRequest, problems: Problems) -> ExpertPool:
-    pool, opened = ExpertPool([]), dict[Path, FileWeights]()
+    pool, inputs = ExpertPool([]), Inputs()
 
     def expert(ref: ModelRef) -> Expert | None:
         try:
-            if ref.path not in opened:
-                opened[ref.path] = FileWeights.open(ref.path)
-            return Expert(ref.name, opened[ref.path])
+            return Expert(ref.name, inputs.open(ref.path, ref.lora, pool.base.weights if pool.base else None))
         except SpoliaError as error:
             problems.errors.extend(p for p in error.problems if p not in problems.errors)
             return None
@@ -99,10 +107,11 @@ def fit_pool(method: Method, pool: ExpertPool, problems: Problems) -> None:
     if pool.base is None and settings.base == "required":
         problems.add(method.name, "needs the base model the experts grew from", "give `base`")
     if pool.base is not None and settings.base == "unused":
-        what = "does not use the base: it is left aside"
-        problems.warn(method.name, what, "list it among the experts if it should take part")
+        if not any(isinstance(expert.weights, LoraWeights) for expert in pool.experts):  # else it was given for them
+            what = "does not use the base: it is left aside"
+            problems.warn(method.name, what, "list it among the experts if it should take part")
         pool.base = None
-    if settings.base == "optional":  # slerp: two models in all
+    if settings.base_counts:  # slerp: two models in all
         fewest, most = (fewest, most - 1) if pool.base is not None else (fewest + 1, most)
     count = len(pool.experts)
     if count < fewest or (most is not None and count > most):
@@ -123,15 +132,20 @@ def output_dtypes(aligned: list[Aligned], wanted: str | None) -> dict[str, Dtype
     return {t.name: BY_TORCH_NAME[wanted] if wanted and t.stored.floating else t.stored for t in aligned}
 
 
-def _check_target(out: Path, layout: Layout, pool: ExpertPool, problems: Problems) -> None:
-    for model in pool.models:
-        if out.resolve() == _checkpoint(model).folder.resolve():
-            problems.add(str(out), f"is the folder of {model.name}", "write the merged model somewhere else")
-    partial = out.with_name(out.name + ".partial")
-    held = sum(f.stat().st_blocks * 512 for f in partial.iterdir() if f.is_file()) if partial.is_dir() else 0
-    free = free_bytes(out) + held
-    if layout.nbytes > free:
-        what = f"needs {layout.nbytes / GB:.2f} GB, {free / GB:.2f} GB are free"
+def _check_target(out: Path, nbytes: int, request: MergeRequest, problems: Problems) -> None:
+    """No model is overwritten, and the disk holds the result."""
+    whole = Path(os.path.abspath(out))
+    for ref in [*([request.base] if request.base else []), *request.experts]:
+        folders = {ref.path if ref.path.is_dir() else ref.path.parent, ref.lora or ref.path}
+        if any(Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(whole)) for folder in folders):
+            problems.add(str(out), f"is or holds the folder of {ref.name}", "write the merged model somewhere else")
+    partial = str(whole) + ".partial"
+    held = 0
+    with contextlib.suppress(OSError):
+        held = sum(entry.stat().st_blocks * 512 for entry in os.scandir(partial) if entry.is_file())
+    free = free_bytes(whole) + held
+    if nbytes > free:
+        what = f"needs {nbytes / GB:.2f} GB, {free / GB:.2f} GB are free"
         problems.add(str(out), what, "free some space, choose another disk, or write bfloat16")
 
 
@@ -151,13 +165,17 @@ def plan_merge(
 def describe(prepared: Prepared, out: Path | None, chunk_memory: int, threads: int | None) -> Plan:
     """Sizes, memory and time of a prepared merge."""
     request, pool, layout = prepared.request, prepared.pool, prepared.layout
-    count, wide = len(pool.experts), any(t.stored.code == "F64" for t in prepared.aligned)
+    count = len(pool.experts)
+    need, _ = bytes_needed(prepared.aligned, count, request.settings_for)
     workers = affordable_workers(prepared.aligned, count, threads or cores(), chunk_memory, request.settings_for)
     read = sum(model.weights.nbytes for model in pool.models)
     rate = _RATES.get(request.method.name, 0.3e9) * workers / 2
     files = [*layout.sizes, *(["model.safetensors.index.json"] if layout.index else [])]
-    files += [f.name for f in _donated(prepared)] + ["README.md", request.recipe_name, "spolia.json"]
-    name = request.method.name
+    files += [*(f.name for f in copied(request)), *texts(request)]
+    files += ["README.md", request.recipe_name, "spolia.json"]
+    masks = _masks(request.method, prepared.aligned, pool)
+    files += masks
+    name, out_bytes = request.method.name, layout.nbytes + sum(masks.values())
     return Plan(
         title=f"{name} merge of {count} experts",
         method=name,
@@ -173,9 +191,9 @@ def describe(prepared: Prepared, out: Path | None, chunk_memory: int, threads: i
         tensors=len(prepared.aligned),
         dtypes=dict(Counter(d.torch_name for d in prepared.dtypes.values())),
         bytes_in=read,
-        bytes_out=layout.nbytes,
-        peak_memory_bytes=_TORCH_BYTES + workers * worker_bytes(count, wide),
-        disk_needed_bytes=layout.nbytes,
+        bytes_out=out_bytes,
+        peak_memory_bytes=_TORCH_BYTES + workers * need,
+        disk_needed_bytes=out_bytes,
         disk_free_bytes=free_bytes(out or Path.cwd()),
         seconds=round(2.0 + read / rate, 1),
         time_basis=f"2 s to start, then {rate / GB:.2f} GB of input a second: {name}, {workers} threads, warm pages; "
@@ -210,20 +228,37 @@ def run_merge(
         warnings.warn(str(warning), SpoliaWarning, stacklevel=2)
     merge = merge_of(prepared, chunk_memory, threads or cores())
     merge.workers()
-    with prepared.pool.opened(), Staging(out, prepared.layout, _key(prepared), overwrite=overwrite) as staging:
-        if progress is not None:
-            progress.start("merge", prepared.layout.nbytes, "B")
-            finished = {part.key: part for part in merge.parts() if part.key in staging.done}
-            progress.advance(
-                sum((p.stop - p.start) * merge.dtypes[merge.tensors[p.index].name].size for p in finished.values())
-            )
-        merge.run(_FileSink(staging, prepared.dtypes), staging.done, progress)
-        if progress is not None:
-            progress.finish()
+    with Staging(out, prepared.layout, key_of(prepared), overwrite=overwrite) as staging:
+        with prepared.pool.opened():  # on leaving, that no input changed meanwhile
+            _merge_into(staging, merge, prepared, progress)
         _accompany(prepared, staging, card)
         Checkpoint.open(staging.folder)  # what was written can be read back
         staging.finish()
     return out
+
+
+def _merge_into(staging: Staging, merge: Merge, prepared: Prepared, progress: Any) -> None:
+    if progress is not None:
+        sizes = [merge.dtypes[tensor.name].size for tensor in merge.tensors]
+        progress.start("merge", sum(size * t.numel for size, t in zip(sizes, merge.tensors, strict=True)), "B")
+        finished = [part for part in merge.parts() if part.key in staging.done]
+        progress.advance(sum((part.stop - part.start) * sizes[part.index] for part in finished))
+    merge.run(_FileSink(staging, prepared.dtypes), staging.done, progress)
+    if progress is not None:
+        progress.finish()
+    if prepared.request.method.masks() is not None:
+        try:
+            make_masks(merge, prepared.request.method, staging.folder, progress)
+        except OSError as error:
+            raise disk_error(error, staging.folder / FOLDER) from None
+
+
+def _masks(method: Method, aligned: list[Aligned], pool: ExpertPool) -> dict[str, int]:
+    """The mask files that the merged folder will hold, with their sizes."""
+    if not method.settings_class().masked:
+        return {}
+    shapes = {tensor.name: tensor.shape for tensor in aligned if tensor.arithmetic}
+    return {str(file_of(Path(), e.name)): mask_bytes(shapes, e.name, method.name) for e in pool.experts}
 
 
 def merge_of(prepared: Prepared, chunk_memory: int, threads: int) -> Merge:
@@ -254,37 +289,32 @@ class _FileSink:
         self.staging.mark(part)
 
 
-def _key(prepared: Prepared) -> str:
+def key_of(prepared: Prepared) -> str:
     """Digest of everything the output depends on: only the same merge of the same files is gone on with."""
     request, pool = prepared.request, prepared.pool
-    parts: list[Any] = [version("spolia"), request.method.name, request.seed, request.on_size_mismatch]
+    parts: list[Any] = [
+        version("spolia"),
+        request.method.name,
+        request.seed,
+        request.on_size_mismatch,
+        *digest(request),
+    ]
     parts += [[m.name, _checkpoint(m).fingerprint] for m in pool.models]
     parts += [[t.name, t.base, t.experts, t.shape, repr(request.settings_for(t.name))] for t in prepared.aligned]
     parts += [sorted((f, h.hex()) for f, h in prepared.layout.headers.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _donor(prepared: Prepared) -> Path | None:
-    ref = prepared.request.donor or prepared.request.base or prepared.request.experts[0]
-    return ref.path if ref.path.is_dir() else None
-
-
-def _donated(prepared: Prepared) -> list[Path]:
-    """Config, tokenizer and generation files of the donor. Code files go along: a config may name them."""
-    donor = _donor(prepared)
-    if donor is None:
-        return []
-    return sorted(f for f in donor.iterdir() if f.is_file() and _DONATED.match(f.name) and not _WEIGHTS.search(f.name))
-
-
 def _accompany(prepared: Prepared, staging: Staging, card: Callable[[Prepared, str], str] | None) -> None:
-    for file in _donated(prepared):
+    request = prepared.request
+    for file in copied(request):
         if file.name != "config.json":
             staging.copy(file)
-    donor = _donor(prepared)
-    if donor is not None and (donor / "config.json").is_file():
-        staging.write_text("config.json", json.dumps(_config(prepared, donor), indent=2) + "\n")
-    request = prepared.request
+    for name, text in texts(request).items():
+        staging.write_text(name, text)
+    config = result_config(request, prepared.aligned, prepared.pool)
+    if config is not None:
+        staging.write_text("config.json", json.dumps(config, indent=2) + "\n")
     if request.recipe:
         staging.write_text(request.recipe_name, request.recipe)
     staging.write_text("spolia.json", json.dumps(_manifest(prepared), indent=2) + "\n")
@@ -292,23 +322,10 @@ def _accompany(prepared: Prepared, staging: Staging, card: Callable[[Prepared, s
         staging.write_text("README.md", card(prepared, staging.target.name))
 
 
-def _config(prepared: Prepared, donor: Path) -> dict[str, Any]:
-    config = json.loads((donor / "config.json").read_bytes())
-    if prepared.request.out_dtype:
-        for key in ("torch_dtype", "dtype"):
-            if key in config:
-                config[key] = prepared.request.out_dtype
-    for tensor in prepared.aligned:  # a vocabulary that was cut
-        if tensor.arithmetic and "embed" in tensor.name and len(tensor.shape) == 2 and "vocab_size" in config:
-            entries = [m.weights.entries.get(tensor.name) for m in prepared.pool.models]
-            if any(e is not None and e.shape != tensor.shape for e in entries):
-                config["vocab_size"] = tensor.shape[0]
-    return config
-
-
 def _manifest(prepared: Prepared) -> dict[str, Any]:
     """What made these weights: names and digests, no paths of this machine, no date, so equal runs give equal bytes."""
     request = prepared.request
+    masks = _masks(request.method, prepared.aligned, prepared.pool)
     return {
         "made_by": f"spolia {version('spolia')}",
         "method": request.method.name,
@@ -327,6 +344,7 @@ def _manifest(prepared: Prepared) -> dict[str, Any]:
             for model in prepared.pool.models
         ],
         "tied": prepared.tied,
+        **({"masks": list(masks)} if masks else {}),
     }
 
 

@@ -81,7 +81,8 @@ def _folders_pool(method: Method) -> str:
         lines.append("  base: ./base  # the model that the experts started from")
     elif cls.base == "optional":
         lines.append("  # base: ./base  # optional: the model that the experts started from")
-    lines.append(f"  experts: [./math, ./code]  # {_span(*cls.experts)}, folders of safetensors")
+    folders = "[./math]" if cls.experts[1] == 1 else "[./math, ./code]"
+    lines.append(f"  experts: {folders}  # {_span(*cls.experts)}, folders of safetensors")
     return "\n".join(lines)
 
 

@@ -18,5 +18,7 @@ def example_command(method: Method, *, tiny: bool = False) -> str:
     """The command that runs the packaged recipe."""
     if tiny:
         return f"spolia run {method.family}/{method.name}-tiny"
-    base = "pool.base=PATH " if method.settings_class().base == "required" else ""
-    return f"spolia run {method.family}/{method.name} {base}'pool.experts=[PATH, PATH]'"
+    cls = method.settings_class()
+    base = "pool.base=PATH " if cls.base == "required" else ""
+    experts = "[PATH]" if cls.experts[1] == 1 else "[PATH, PATH]"
+    return f"spolia run {method.family}/{method.name} {base}'pool.experts={experts}'"

@@ -21,6 +21,7 @@ from spolia.runs import yamlmarks
 from spolia.runs.complaints import validate
 from spolia.runs.overrides import apply_overrides
 from spolia.runs.packaged import FOLDER, packaged
+from spolia.runs.references import is_hub_id
 from spolia.runs.schema import POOLS, VERSION, DigitsPool, FoldersPool, Head, ModelEntry, Output
 from spolia.runs.yamlmarks import Marked, dotted
 
@@ -36,6 +37,7 @@ class Source:
     marked: Marked
     folder: Path
     packaged: bool = False
+    documents: tuple[Marked, ...] = ()  # of a file with several mergekit recipes
 
     @property
     def is_mergekit(self) -> bool:
@@ -106,7 +108,10 @@ def read_source(ref: str | Path) -> Source:
         raise SpoliaError(
             f"cannot be read: {error.strerror}", where=name, mend="check the path and its rights"
         ) from None
-    return Source(path.stem, text, yamlmarks.load(text, name), path.resolve().parent)
+    documents = tuple(document for document in yamlmarks.load_all(text, name) if document.value is not None)
+    several = len(documents) > 1 and all(isinstance(d.value, dict) and "merge_method" in d.value for d in documents)
+    marked = documents[0] if several else yamlmarks.load(text, name)
+    return Source(path.stem, text, marked, path.resolve().parent, documents=documents if several else ())
 
 
 def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Recipe:
@@ -125,7 +130,7 @@ def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: 
     pool = _check_pool(raw.get("pool"), where, problems)
     method, settings = _check_method(raw.get("method"), where, problems)
     if isinstance(pool, FoldersPool):
-        pool = _resolve_paths(pool, source, touched)
+        pool = _resolve_paths(pool, raw["pool"], source, touched)
         if check_paths:
             for problem in _missing_models(pool, source, where):
                 problems.add(problem.where, problem.what, problem.mend)
@@ -222,15 +227,28 @@ def _check_fit(pool: FoldersPool | DigitsPool, method: Method, settings: Any, wh
             problems.add(where(("method", name)), f"{len(value)} values for {count} experts", mend)
 
 
-def _resolve_paths(pool: FoldersPool, source: Source, touched: dict[yamlmarks.Path, str]) -> FoldersPool:
-    def absolute(entry: ModelEntry, at: yamlmarks.Path) -> ModelEntry:
+def _resolve_paths(
+    pool: FoldersPool, raw: dict[str, Any], source: Source, touched: dict[yamlmarks.Path, str]
+) -> FoldersPool:
+    """Paths made absolute and `BASE+ADAPTER` parted. A hub's id stays as it is; it is fetched when the model is read."""
+
+    def resolved(entry: ModelEntry, said: Any, at: yamlmarks.Path) -> ModelEntry:
         typed = any(path[: len(at)] == at or at[: len(path)] == path for path in touched)
         folder = Path.cwd() if typed else source.folder
-        path = os.path.abspath(folder / entry.path.expanduser())  # noqa: PTH100 - links keep the name the user gave
-        return entry.model_copy(update={"path": Path(path)})
 
-    base = absolute(pool.base, ("pool", "base")) if pool.base else None
-    experts = [absolute(entry, ("pool", "experts", i)) for i, entry in enumerate(pool.experts)]
+        def absolute(text: str) -> Path:
+            if is_hub_id(text, [folder]) and (typed or not source.packaged):
+                return Path(text)
+            return Path(os.path.abspath(folder / Path(text).expanduser()))
+
+        path = str(said.get("path") if isinstance(said, dict) else said)  # a Path has lost the `./` that means here
+        lora = str(said["lora"]) if isinstance(said, dict) and said.get("lora") else None
+        if lora is None and path.count("+") == 1 and not absolute(path).exists():
+            path, _, lora = path.partition("+")
+        return entry.model_copy(update={"path": absolute(path), "lora": absolute(lora) if lora else None})
+
+    base = resolved(pool.base, raw["base"], ("pool", "base")) if pool.base else None
+    experts = [resolved(e, raw["experts"][i], ("pool", "experts", i)) for i, e in enumerate(pool.experts)]
     return pool.model_copy(update={"base": base, "experts": experts})
 
 
@@ -238,12 +256,13 @@ def _missing_models(pool: FoldersPool, source: Source, where: Where) -> list[Pro
     places: list[tuple[yamlmarks.Path, ModelEntry]] = [(("pool", "experts", i), e) for i, e in enumerate(pool.experts)]
     if pool.base:
         places.insert(0, (("pool", "base"), pool.base))
-    missing = [(at, entry) for at, entry in places if not entry.path.exists()]
+    wanted = [(at, path) for at, entry in places for path in (entry.path, entry.lora) if path is not None]
+    missing = [(at, path) for at, path in wanted if path.is_absolute() and not path.exists()]
     if source.packaged and missing:
-        names = ", ".join(str(entry.path) for _, entry in missing)
+        names = ", ".join(str(path) for _, path in missing)
         mend = f"say where your models are: spolia run {source.name} pool.base=PATH 'pool.experts=[PATH, PATH]'"
         return [Problem(where(("pool",)), f"there is no {names}", mend)]
-    return [Problem(where(at), f"there is no {entry.path}", _near_model(entry.path)) for at, entry in missing]
+    return [Problem(where(at), f"there is no {path}", _near_model(path)) for at, path in missing]
 
 
 def _near_model(path: Path) -> str:
@@ -251,7 +270,7 @@ def _near_model(path: Path) -> str:
     names = [p.name for p in siblings if p.is_dir() or p.suffix == ".safetensors"]
     if names:
         return did_you_mean(path.name, names[:20])
-    return "only models on disk are read; download it first, for example with `hf download`"
+    return "write a path, or a model of the hub as OWNER/NAME"
 
 
 def _near_recipes(name: str) -> str:

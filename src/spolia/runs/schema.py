@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_serializer
 
 from spolia.catalog import METHODS
 from spolia.runs.sizes import parse_size, write_size
@@ -24,28 +24,33 @@ class ModelEntry(Shape):
     """A model on disk; in a recipe a bare path will do, its last part is then the name."""
 
     name: str = Field(description="what the report calls it", min_length=1)
-    path: Path = Field(description="folder of safetensors, or one file")
+    path: Path = Field(description="folder with the weights, one file, or a hub id")
+    lora: Path | None = Field(None, description="LoRA adapter on top of it")
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, write: Any) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value is not None}
 
 
 def _entry(value: Any) -> Any:
     if isinstance(value, dict) and isinstance(value.get("path"), str) and "name" not in value:
-        return {"name": _name_of(value["path"]), **value}
+        return {"name": _name_of(value["lora"] if isinstance(value.get("lora"), str) else value["path"]), **value}
     return {"name": _name_of(value), "path": value} if isinstance(value, str | Path) else value
 
 
 def _name_of(path: str | Path) -> str:
-    absolute = os.path.abspath(Path(path).expanduser())  # noqa: PTH100 - a link keeps its name
+    absolute = os.path.abspath(Path(path).expanduser())
     return Path(absolute).name or str(path)
 
 
 _ENTRY_SCHEMA: dict[str, Any] = {
     "anyOf": [
-        {"type": "string", "description": "folder of safetensors, or one file"},
+        {"type": "string", "description": "folder with the weights, one file, a hub id, or either +ADAPTER"},
         {
             "type": "object",
             "additionalProperties": False,
             "required": ["path"],
-            "properties": {"name": {"type": "string"}, "path": {"type": "string"}},
+            "properties": {"name": {"type": "string"}, "path": {"type": "string"}, "lora": {"type": "string"}},
         },
     ]
 }

@@ -40,11 +40,14 @@ def merge(
 ) -> Any:
     """Merge fine-tuned models into one.
 
-    `experts` and `base` are checkpoint folders, safetensors files, modules or state dicts (experts as a list, or a
-    mapping that names them). Returns the merged state dict, in `dtype` or each tensor's own type; or, with `out`, writes
-    a model folder there and returns its path (then all models must be on disk). Nothing given is changed. Raises
-    SpoliaError with everything that does not fit, before any tensor is read.
+    `experts` and `base` are model folders or files, hub ids, modules or state dicts (experts as a list, or a mapping that
+    names them); a LoRA adapter is `BASE+ADAPTER`, or its folder alone where `base` is given. Returns the merged state
+    dict, in `dtype` or each tensor's own type; or, with `out`, writes a model folder there and returns its path (then all
+    models must be on disk). Nothing given is changed. Raises SpoliaError with everything that does not fit, before any
+    tensor is merged.
     """
+    if isinstance(experts, str | os.PathLike):
+        raise SpoliaError("one path is given", where="experts", mend="give a list of models: [PATH, PATH]")
     chosen = find(method, "method")
     checked = check_settings(chosen, settings, len(experts))
     if out is None:
@@ -113,9 +116,10 @@ def _merge_in_memory(
     from spolia.parts.expert import ExpertPool
     from spolia.parts.merging import MemorySink, Merge
     from spolia.runs.merging import fit_pool, output_dtypes
+    from spolia.runs.references import located
 
     problems = Problems()
-    pool = ExpertPool.of(experts, base)
+    pool = ExpertPool.of(experts, base, located)
     fit_pool(method, pool, problems)
     problems.raise_if_any()
     aligned, tied = align(pool, problems)
@@ -158,6 +162,7 @@ def _request(
 ) -> MergeRequest:
     import json
 
+    from spolia.runs.references import reference, settled
     from spolia.runs.request import MergeRequest, ModelRef
 
     def ref(given: Any, name: str | None = None) -> ModelRef:
@@ -167,11 +172,11 @@ def _request(
                 where=name or "experts",
                 mend="pass folders, or leave `out` away and save the returned state dict",
             )
-        return ModelRef(name or Path(given).name or str(given), Path(given))
+        return reference(given, name)
 
     named = experts.items() if isinstance(experts, Mapping) else [(None, expert) for expert in experts]
-    listed = [ref(given, name) for name, given in named]
     start = ref(base) if base is not None else None
+    listed = [settled(ref(given, name), start) for name, given in named]
     call = {
         "spolia": 1,
         "seed": seed,
@@ -208,7 +213,18 @@ def merge_recipe(
     from dataclasses import replace
 
     from spolia.runs.merging import plan_merge, run_merge
+    from spolia.runs.recipe import read_source
 
+    source = read_source(str(path))
+    if source.documents:
+        from spolia.runs.mergekit_multi import Job, arrange
+
+        job = Job(
+            arrange(list(source.documents)), source.folder, source.text, seed, max_shard_size, chunk_memory, threads
+        )
+        return (
+            job.plan(Path(out)) if dry_run else job.run(Path(out), overwrite=overwrite, progress=progress, card=card_of)
+        )
     request = read_request(path)
     if seed is not None:
         request = replace(request, seed=seed)
@@ -232,6 +248,9 @@ def read_request(path: str | os.PathLike[str]) -> MergeRequest:
     from spolia.runs.recipe import check_recipe, read_source
 
     source = read_source(str(path))
+    if source.documents:
+        what = f"{len(source.documents)} documents in one file"
+        raise SpoliaError(what, where=str(path), mend=f"spolia merge {path} OUT")
     if is_mergekit(source.marked.value):
         request = read_mergekit(source.marked, folder=source.folder)
         request.recipe, request.recipe_name = source.text, "mergekit_config.yml"
@@ -240,7 +259,8 @@ def read_request(path: str | os.PathLike[str]) -> MergeRequest:
 
 
 def request_of(recipe: Recipe) -> MergeRequest:
-    """The merge that a native recipe over folders asks for."""
+    """The merge that a native recipe over folders asks for. Models of the hub are fetched."""
+    from spolia.runs.references import fetched, settled
     from spolia.runs.request import MergeRequest, ModelRef
     from spolia.runs.schema import FoldersPool
 
@@ -248,12 +268,14 @@ def request_of(recipe: Recipe) -> MergeRequest:
         raise SpoliaError(
             "trains its own experts: there are no folders to merge", where=recipe.name, mend=f"spolia run {recipe.name}"
         )
-    base = recipe.pool.base
+    models = [entry for entry in (recipe.pool.base, *recipe.pool.experts) if entry is not None]
+    refs = [ModelRef(e.name, Path(fetched(str(e.path))), e.lora and Path(fetched(str(e.lora)))) for e in models]
+    base = refs.pop(0) if recipe.pool.base is not None else None
     return MergeRequest(
         recipe.method,
-        [ModelRef(entry.name, entry.path) for entry in recipe.pool.experts],
+        [settled(ref, base) for ref in refs],
         lambda name: recipe.settings,
-        ModelRef(base.name, base.path) if base is not None else None,
+        base,
         recipe.output.dtype,
         seed=recipe.seed,
         recipe=recipe.to_yaml(),

@@ -124,4 +124,5 @@ def _scalar(node: yaml.ScalarNode, document: Marked, path: Path) -> Any:
         return yaml.SafeLoader("").construct_object(node)
     except (ValueError, KeyError, IndexError, yaml.YAMLError):
         shown = node.value if len(node.value) <= 40 else node.value[:40] + "…"
-        raise SpoliaError(f"`{shown}` is not a valid {kind}", where=document.where(path), mend="quote it if it is text") from None
+        where = document.where(path)
+        raise SpoliaError(f"`{shown}` is not a valid {kind}", where=where, mend="quote it if it is text") from None

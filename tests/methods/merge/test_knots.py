@@ -53,6 +53,7 @@ def test_adding_in_the_basis_is_adding(ranks: list[int], seed: int):
 
 @settings(max_examples=40, deadline=None)
 @given(ranks=st.lists(st.integers(1, 4), min_size=2, max_size=4), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_ties_in_the_basis(ranks: list[int], seed: int):
     factors = pairs(ranks, seed=seed)
     changes = [b @ a for b, a in factors]

@@ -55,6 +55,7 @@ def pcb(base: State, experts: list[State], **given: Any) -> State:
     size=st.sampled_from([1e-3, 0.1, 1.0]),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_the_published_procedure(count: int, r: float, clip: float, size: float, seed: int):
     base, experts = models(count, seed, size)
     got, expected = pcb(base, experts, density=r, clip=clip), published(base, experts, r, clip)
@@ -104,6 +105,7 @@ def test_weight_scale_and_order():
         torch.testing.assert_close(weighted[n], doubled[n], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_many_experts_do_not_overflow():
     base, experts = models(100)
     assert all(bool(torch.isfinite(t).all()) for t in pcb(base, experts).values())

@@ -145,6 +145,7 @@ def test_too_little_memory_names_the_tensor():
     assert "40 MB" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_slices_cover_a_large_tensor():
     shape = (1100, 1100)  # more than one slice
     base = torch.zeros(shape)

@@ -82,6 +82,19 @@ def test_steps_are_those_of_adam_on_the_loss(precision: str, count: int):
         torch.testing.assert_close(got, merged.detach(), rtol=0, atol=2e-6 if precision == "float32" else 1e-8)
 
 
+def test_small_gradients_meet_adams_epsilon():
+    """Adam does not see the gradient's size, but for its epsilon of 1e-8: with gradients near it the size shows."""
+    changes = [tau.double() for tau in tasks((7, 5), 3, size=1e-7)]
+    merged = torch.nn.Parameter(torch.stack(changes).sum(0))
+    optimizer = torch.optim.Adam([merged], lr=1e-9)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss(merged, changes).backward()
+        optimizer.step()
+    got = change(torch.zeros(7, 5).double(), changes, steps=20, step_size=1e-9)
+    torch.testing.assert_close(got, merged.detach(), rtol=0, atol=1e-13)  # fp64; the steps are 1e-9
+
+
 def test_no_step_is_the_sum_and_steps_lower_the_loss():
     changes = tasks((9, 9), 4, size=0.02)
     wide = [tau.double() for tau in changes]

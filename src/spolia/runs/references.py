@@ -1,0 +1,53 @@
+"""What a name of a model means: a path, a model of the hub, or either with a LoRA adapter after `+`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from spolia.data.hub import fetch, split_id
+from spolia.errors import SpoliaError
+from spolia.parts.adapter import Adapter, is_adapter
+from spolia.parts.inputs import base_of, parted
+from spolia.runs.request import ModelRef
+
+
+def located(text: str | os.PathLike[str]) -> str:
+    """`text` with hub ids in it replaced by their folders; what exists, or may be a misspelt path, stays as it is."""
+    path, lora = parted(text)
+    return fetched(os.fspath(text)) if lora is None else f"{fetched(str(path))}+{fetched(str(lora))}"
+
+
+def fetched(text: str) -> str:
+    """The folder of a hub id, fetched if need be; anything else unchanged."""
+    return str(fetch(text)) if is_hub_id(text) else text
+
+
+def is_hub_id(text: str, folders: Sequence[Path] = ()) -> bool:
+    """Whether `text` can only mean a model of the hub: nothing here has that path or the folder it would stand in."""
+    found = split_id(text)
+    if found is None:
+        return False
+    owner = found[0].partition("/")[0]
+    return not any((folder / text).exists() or (folder / owner).exists() for folder in (*folders, Path.cwd()))
+
+
+def reference(text: str | os.PathLike[str], name: str | None = None) -> ModelRef:
+    """The model that a call names. Paths that do not exist are told when they are opened."""
+    path, lora = parted(located(text))
+    return ModelRef(name or Path(text).name or str(text), path, lora)
+
+
+def settled(ref: ModelRef, base: ModelRef | None) -> ModelRef:
+    """An adapter alone becomes base and adapter: the pool's base, else the one its config names."""
+    if ref.lora is not None or not is_adapter(ref.path):
+        return ref
+    if base is not None:
+        plain = base.lora is None and not is_adapter(base.path)
+        return replace(ref, path=base.path, lora=ref.path) if plain else ref
+    try:
+        return replace(ref, path=base_of(Adapter.open(ref.path)), lora=ref.path)
+    except SpoliaError:
+        return ref  # told when it is opened
