@@ -88,6 +88,18 @@ def test_suggested_method_beats_the_plain_average(seeds):
     gains(seeds, better, plain, 0.5)  # 1.1 points when the thresholds were set
 
 
+def test_suggested_method_for_two_beats_their_average(seeds):
+    better, plain = [], []
+    for one in seeds:
+        two = {name: one.experts[name] for name in DOMAINS[:2]}
+        advice = advice_on(one.base, two)
+        tasks = [task for task in one.pool.tasks("test") if task.name in two]
+        for found, method in ((better, advice.method), (plain, "average")):
+            merged = spolia.merge(two, base=one.base if method != "average" else None, method=method)
+            found.append(mean_percent(evaluate(one.pool.outputs(merged), tasks)))
+    gains(seeds, better, plain, 0.5)
+
+
 def test_overscaled_expert_is_named_and_evened_out(seeds):
     advised, unweighted, averaged = [], [], []
     for one in seeds:

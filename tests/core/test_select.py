@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spolia.core.select import Cut, cuts, ranks_in_rows
+from spolia.core.checkpoint import DTYPES
+from spolia.core.select import SAMPLE, Cut, cuts, cuts_of, ranks_in_rows
+from spolia.core.stream import Stack, TensorPlane
 
 WIDTHS = {torch.float32: 32, torch.float64: 64}
 
@@ -104,3 +106,31 @@ def test_ranks_are_those_of_a_stable_argsort(drawn: tuple[torch.Tensor, list[lis
 def test_ranks_of_odd_shapes(shape: tuple[int, int], dtype: torch.dtype) -> None:
     magnitudes = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(1)).to(dtype)  # full of ties
     assert torch.equal(ranks_in_rows(magnitudes).long(), magnitudes.argsort(dim=1, stable=True).argsort(dim=1))
+
+
+def large(kind: str, seed: int) -> torch.Tensor:
+    """A task vector long enough to be sampled."""
+    n, noise = 9 * SAMPLE + 123, torch.Generator().manual_seed(seed)
+    values = torch.randn(n, generator=noise)
+    if kind == "ties":
+        values = (values * 4).round()
+    elif kind == "sorted":
+        values = values.sort().values
+    elif kind == "one place":  # the sample sees none of it
+        values = torch.zeros(n)
+        values[1500:1600] = torch.arange(1, 101)
+    elif kind == "constant":
+        values = torch.full((n,), -0.5)
+    return values
+
+
+@pytest.mark.parametrize("kind", ["noise", "ties", "sorted", "one place", "constant"])
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+def test_sampled_cuts_are_the_histograms(kind: str, dtype: str) -> None:
+    deltas = torch.stack([large(kind, seed) for seed in (0, 1)]).to(torch.float64 if dtype == "F64" else torch.float32)
+    n = deltas.shape[1]
+    planes = [TensorPlane("m", DTYPES[dtype], row) for row in deltas]
+    stack = Stack("w", (n,), TensorPlane("base", DTYPES[dtype], torch.zeros_like(deltas[0])), planes, [0, 1], 0, (0, n))
+    ranks = [[n // 5, 50], [n, 1, n // 2]]
+    assert stack.sample(SAMPLE) is not None
+    assert cuts_of(stack, ranks) == cuts(stack.sweep, ranks, stack.dtype)

@@ -14,7 +14,7 @@ from spolia.errors import SpoliaError
 from spolia.parts.align import Wire
 from spolia.parts.layers import Layers, before, restacked
 from spolia.runs.mergekit import read_mergekit
-from spolia.runs.merging import prepare, run_merge
+from spolia.runs.merging import plan_merge, prepare, run_merge
 from spolia.runs.yamlmarks import load
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -148,6 +148,19 @@ def test_layers_are_numbered_on_and_the_ends_come_from_first_and_last_slice(merg
     assert layer(7) not in values and config["num_hidden_layers"] == 7
     assert (values[EMBED], values[NORM], values[HEAD]) == (100.25, 400.5, 400.75)
     assert config["layer_types"] == ["A0", "A1", "A2", "deep2", "deep3", "deep4", "deep5"]
+
+
+def test_the_plan_tells_where_layers_come_from(read):
+    text = (
+        "merge_method: passthrough\nslices:\n"
+        "  - sources: [{model: A, layer_range: [0, 3]}]\n  - sources: [{model: deep, layer_range: [5, 6]}]\n"
+    )
+    assert plan_merge(read(text)).notes[:4] == [
+        "`model.layers` 0-2: A 0-2",
+        "`model.layers` 3: deep 5",
+        f"before the layers `{EMBED}`: A",
+        f"after the layers `{HEAD}`, `{NORM}`: deep",
+    ]
 
 
 def test_the_same_model_in_several_slices_with_scale(merged):

@@ -98,7 +98,9 @@ class Layout:
 def _header(shard: list[Slot], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     offsets, at = {}, 0
     if any(slot.name == "__metadata__" for slot in shard):
-        raise SpoliaError("is no name for a tensor: safetensors reserves it", where="__metadata__", mend="rename the tensor")
+        raise SpoliaError(
+            "is no name for a tensor: safetensors reserves it", where="__metadata__", mend="rename the tensor"
+        )
     for slot in sorted(shard, key=lambda s: -s.dtype.size):  # wide types first: every tensor stays aligned
         offsets[slot.name] = at
         at += slot.nbytes
@@ -150,29 +152,39 @@ class Staging:
 
     def _check_target(self) -> None:
         """A target that stands already is replaced only on demand. An empty folder counts as nothing."""
-        if os.path.isfile(self.target / LOG):  # a kill came right after the rename: it is whole, only its log is left over
+        if os.path.isfile(
+            self.target / LOG
+        ):  # a kill came right after the rename: it is whole, only its log is left over
             with _told(self.target):
                 (self.target / LOG).unlink()
         if self.overwrite or not os.path.lexists(self.target):
             return
         if self.target.is_symlink() or not self.target.is_dir() or any(self.target.iterdir()):
-            raise SpoliaError("exists already", where=str(self.target), mend="choose another folder, or allow --overwrite")
+            raise SpoliaError(
+                "exists already", where=str(self.target), mend="choose another folder, or allow --overwrite"
+            )
 
     def _check_folder(self) -> None:
         """The staging folder must be ours: with our log, or with nothing but shards whose log was lost."""
         if not os.path.lexists(self.folder) or (self.folder / LOG).exists():
             return
-        strange = [f.name for f in self.folder.iterdir() if not _SHARD.match(f.name)] if self.folder.is_dir() else ["a file"]
+        strange = (
+            [f.name for f in self.folder.iterdir() if not _SHARD.match(f.name)] if self.folder.is_dir() else ["a file"]
+        )
         if strange:
             what = f"stands where the merge would be prepared, and holds {strange[0]}"
-            raise SpoliaError(what, where=str(self.folder), mend="move it away, or choose another folder for the result")
+            raise SpoliaError(
+                what, where=str(self.folder), mend="move it away, or choose another folder for the result"
+            )
 
     def _take_lock(self) -> None:
         try:
             fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._close()
-            raise SpoliaError("another process is writing here", where=str(self.folder), mend="wait for it to end") from None
+            raise SpoliaError(
+                "another process is writing here", where=str(self.folder), mend="wait for it to end"
+            ) from None
 
     def _resume(self) -> bool:
         text = (self.folder / LOG).read_bytes()
@@ -180,7 +192,10 @@ class Staging:
         lines = text.decode(errors="replace").splitlines()
         if not lines or lines[0] != self._key:
             return False
-        if any(not (self.folder / f).is_file() or (self.folder / f).stat().st_size != s for f, s in self.layout.sizes.items()):
+        if any(
+            not (self.folder / f).is_file() or (self.folder / f).stat().st_size != s
+            for f, s in self.layout.sizes.items()
+        ):
             return False
         os.ftruncate(self._log, len(text))
         self._clear(self.layout.sizes)
@@ -210,9 +225,12 @@ class Staging:
         place = self.layout.places[name]
         fd, at = self._fds[place.file], place.start + offset
         with _told(self.folder):
+            begin = at
             while data:
                 wrote = os.pwrite(fd, data, at)
                 data, at = data[wrote:], at + wrote
+            if hasattr(os, "posix_fadvise"):  # the disk begins to write now, not at the last sync
+                os.posix_fadvise(fd, begin, at - begin, os.POSIX_FADV_DONTNEED)
 
     def mark(self, part: str) -> None:
         """Log that every byte of `part` is written."""

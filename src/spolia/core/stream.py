@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK = TILE  # elements
+WIDE_BLOCK = 2 * BLOCK  # for methods whose few temporaries leave room in the cache
 AHEAD = 8 * BLOCK  # elements asked of the disk at a time
 T = TypeVar("T")
 
@@ -125,6 +126,7 @@ class Stack:
     span: tuple[int, int] = (0, 0)
     spare_bytes: int = 0  # memory a method may keep between sweeps
     stop: threading.Event | None = None
+    block: int = BLOCK
 
     @property
     def numel(self) -> int:
@@ -145,9 +147,9 @@ class Stack:
         return torch.float64 if any(plane.dtype.code == "F64" for plane in planes) else torch.float32
 
     def blocks(self, whole_rows: bool = False) -> Iterator[Block]:
-        """The span in blocks of BLOCK elements, or of as many whole rows as come near it (one at least)."""
+        """The span in blocks of `block` elements, or of as many whole rows as come near it (one at least)."""
         low, high = self.span
-        step = max(1, BLOCK // self.row) * self.row if whole_rows and self.row else BLOCK
+        step = max(1, self.block // self.row) * self.row if whole_rows and self.row else self.block
         size = min(step, high - low)
         base = torch.empty(size, dtype=self.dtype) if self.base is not None else None
         experts = torch.empty(len(self.experts), size, dtype=self.dtype)
@@ -183,6 +185,22 @@ class Stack:
                     mend="this expert is broken: leave it out or get a sound copy",
                 )
 
+    def sample(self, count: int) -> Tensor | None:
+        """About `count` elements of each task vector [experts, n], from 64 places spread over the tensor; None where that
+        would be no saving."""
+        low, high = self.span
+        piece = count // 64
+        if self.base is None or high - low < 8 * count:
+            return None
+        base = torch.empty(64, piece, dtype=self.dtype)
+        experts = torch.empty(len(self.experts), 64, piece, dtype=self.dtype)
+        for i in range(64):
+            start = low + (high - low - piece) * i // 63
+            self.base.read(start, start + piece, base[i])
+            for plane, row in zip(self.experts, experts, strict=True):
+                plane.read(start, start + piece, row[i])
+        return (experts - base).view(len(self.experts), -1)
+
     def sweep(self, count: Callable[[Tensor, Tensor], None], totals: Tensor) -> None:
         """`count(task vectors, totals)` for every block."""
         for block in self.blocks():
@@ -209,7 +227,7 @@ def in_parallel(jobs: Iterable[T], work: Callable[[T, threading.Event], Any], th
 
     An interrupt of the main thread stops the workers at their next block and is raised once they have.
     """
-    torch.empty(1 << 24, dtype=torch.uint8)  # freed at once: glibc then keeps temporaries of up to 16 MB instead of
+    torch.empty(1 << 22, dtype=torch.uint8)  # freed at once: glibc then keeps temporaries of up to 4 MB instead of
     # mapping and faulting them anew for every block
     queue, lock, stop = iter(jobs), threading.Lock(), threading.Event()
     errors: list[BaseException] = []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from spolia.core.checkpoint import Dtype
 from spolia.core.lazy import torch
 from spolia.core.settings import MergeSettings, narrowed
-from spolia.core.stream import BLOCK, Stack, Stopped, in_parallel, worker_bytes
+from spolia.core.stream import BLOCK, WIDE_BLOCK, Stack, Stopped, in_parallel, worker_bytes
 from spolia.errors import SpoliaError
 from spolia.parts.align import Aligned
 from spolia.parts.expert import ExpertPool
@@ -132,6 +132,8 @@ class Merge:
         stack = self.stack(tensor, (part.start, part.stop), stop, workers)
         final = getattr(torch, self.dtypes[tensor.name].torch_name)
         settings = self.settings(tensor)
+        if settings.elementwise:
+            stack.block = WIDE_BLOCK
         merged = self.rule(stack, settings) if self.survey is None else self.rule(stack, settings, found)
         for block, values in merged:
             cast = values if values.dtype == final else values.to(final)
@@ -195,7 +197,8 @@ def bytes_needed(tensors: Sequence[Aligned], experts: int, settings_for: Setting
     """Memory of one worker, and the tensor that asks for so much when it is merged in one piece."""
     need, largest = 0, ""
     for tensor in tensors:
-        settings, row = settings_for(tensor.name), 0
+        settings = settings_for(tensor.name)
+        row = WIDE_BLOCK if settings.elementwise else 0
         if tensor.arithmetic and settings.whole_rows:
             row = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
         need = max(need, worker_bytes(experts, tensor.wide, row))

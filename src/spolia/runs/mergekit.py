@@ -131,6 +131,7 @@ class _Reader:
             check_tensors=resolver.check_tensors,
             wiring=wired.wires or None,
             reshape=wired.reshape if wired.reshapes else None,
+            notes=wired.notes,
             tokens=tokens,
             chat_template=template,
         )

@@ -93,6 +93,7 @@ class Wired:
     rows: dict[str, Row] = field(default_factory=dict)
     reshapes: list[tuple[str, list[tuple[Mapping[str, Any] | None, int]]]] = field(default_factory=list)
     longest: int = 0  # layers of the longest slice
+    notes: list[str] = field(default_factory=list)  # the layout in words, for the plan
 
     def reshape(self, config: dict[str, Any]) -> dict[str, Any]:
         """The donor's config with the new numbers of layers."""
@@ -200,6 +201,8 @@ class Wirer:
     def _lay_out(self, module: Module, scope: Scope, cuts: list[tuple[_Cut, str]], wired: Wired) -> None:
         kept: list[tuple[Mapping[str, Any] | None, int]] = []
         for cut, stack in cuts:
+            if cut.length:
+                wired.notes.append(f"`{stack}` {_range(len(kept), cut.length)}: {_taken(cut)}")
             for layer in range(cut.length):
                 self._layer(cut, stack, layer, len(kept), scope, wired)
                 lead = cut.roles.members[0]
@@ -208,6 +211,10 @@ class Wirer:
         first, last = cuts[0][0], self._after(cuts[0][0], cuts[-1][0])
         for cut, early in ((first, True), (last, False)):
             names = [n for m in cut.roles.members for n in self._loose(m, scope) if before(n) is early]
+            if names:
+                shown = ", ".join(f"`{name}`" for name in list(dict.fromkeys(names))[:3]) + " …" * (len(set(names)) > 3)
+                owners = ", ".join(m.ref.name for m in cut.roles.members)
+                wired.notes.append(f"{'before' if early else 'after'} the layers {shown}: {owners}")
             for name in dict.fromkeys(names):
                 self._enter(name, [name] * len(cut.roles.members), cut, 0.0, wired)
         if cuts[0][1] and not (len(module.slices) == 1 and module.slices[0].whole):
@@ -246,3 +253,12 @@ class Wirer:
         first = 0 if wired.base is None else 1
         places = tuple(number - first for number, _ in experts)
         wired.rows[name] = Row(cut.roles.sources, places, tuple(n for _, n in experts), cut.levels, t)
+
+
+def _range(start: int, length: int) -> str:
+    return str(start) if length == 1 else f"{start}-{start + length - 1}"
+
+
+def _taken(cut: _Cut) -> str:
+    """`A 0-2, B 4-6`."""
+    return ", ".join(f"{m.ref.name} {_range(cut.spans[m.ref.key][0], cut.length)}" for m in cut.roles.members)

@@ -201,7 +201,8 @@ def describe(prepared: Prepared, out: Path | None, chunk_memory: int, threads: i
         files=files,
         seeds=[request.seed],
         warnings=[str(warning) for warning in prepared.warnings],
-        notes=[f"`{alias}` is tied to `{name}`: merged once, stored once" for alias, name in prepared.tied.items()],
+        notes=request.notes
+        + [f"`{alias}` is tied to `{name}`: merged once, stored once" for alias, name in prepared.tied.items()],
     )
 
 

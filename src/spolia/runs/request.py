@@ -75,5 +75,6 @@ class MergeRequest:
     # Inputs of every output tensor, models numbered with the base first; None: the tensor of that name in all models.
     wiring: Mapping[str, Wire] | None = None
     reshape: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # what the wiring changes in the donor's config
+    notes: list[str] = field(default_factory=list)  # what the plan tells about the wiring
     tokens: TokenPlan | None = None  # None: embeddings are merged where they stand, tokenizer files come from the donor
     chat_template: str | None = None  # takes the place of the donor's

@@ -59,7 +59,9 @@ def load_all(text: str, name: str = "recipe") -> list[Marked]:
     try:
         nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
     except RecursionError:
-        raise SpoliaError("too deeply nested", where=name, mend="close brackets; a recipe is a few levels deep") from None
+        raise SpoliaError(
+            "too deeply nested", where=name, mend="close brackets; a recipe is a few levels deep"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{name}:{mark.line + 1}" if mark else name
@@ -86,7 +88,9 @@ def _build(node: yaml.Node, path: Path, document: Marked, problems: Problems, de
     if depth > _DEEPEST or len(document.lines) > _LARGEST:
         raise SpoliaError("too large or too deeply nested", where=document.name, mend="check its aliases (`*name`)")
     if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
-        raise SpoliaError(f"the tag `{node.tag}` is not allowed", where=document.where(path), mend="write a plain value")
+        raise SpoliaError(
+            f"the tag `{node.tag}` is not allowed", where=document.where(path), mend="write a plain value"
+        )
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PIECE = 1 << 16  # elements held in fp64 at a time
+
+
 class Slerp(MergeSettings):
     """Settings of `slerp`."""
 
@@ -74,8 +77,9 @@ def _cosine(stack: Stack) -> float | None:
     """Cosine of the angle between the two flattened tensors; None where one of them is zero."""
     aa = bb = ab = 0.0
     for block in stack.blocks():
-        a, b = (end.double() for end in _ends(block))
-        aa, bb, ab = aa + float(a @ a), bb + float(b @ b), ab + float(a @ b)
+        for a, b in zip(*(end.split(PIECE) for end in _ends(block)), strict=True):
+            a, b = a.double(), b.double()
+            aa, bb, ab = aa + float(a @ a), bb + float(b @ b), ab + float(a @ b)
     norms = math.sqrt(aa) * math.sqrt(bb)
     return max(-1.0, min(1.0, ab / norms)) if norms > 0 else None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import bernoulli, entropy, words16
-from spolia.core.select import Count, Cut, cuts, ranks_in_rows
+from spolia.core.select import Count, Cut, cuts, cuts_of, ranks_in_rows
 from spolia.core.settings import each, narrowed
 from spolia.core.stream import Block, Stack
 
@@ -146,7 +146,7 @@ def sparsifier(stack: Stack, settings: Any, found: Survey | None) -> Callable[[]
         chosen = [found.cuts[place] for place in stack.places]
     else:
         ranks = [_ranks(stack.numel, d, g, settings.count) for d, g in zip(density, gamma, strict=True)]
-        chosen = cuts(stack.sweep, ranks, stack.dtype) if stack.numel else [[] for _ in ranks]
+        chosen = cuts_of(stack, ranks) if stack.numel else [[] for _ in ranks]
     quotas = found.quotas.get(stack.name) if found is not None else None
     left = [quotas[p] for p in stack.places] if quotas else [[cut.quota for cut in row] for row in chosen]
     exact = settings.at_threshold == "exact"
