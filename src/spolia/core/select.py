@@ -74,47 +74,65 @@ def cuts_of(stack: Stack, ranks: Sequence[Sequence[int]]) -> list[list[Cut]]:
     sample = stack.sample(SAMPLE)
     if sample is None:
         return cuts(stack.sweep, ranks, stack.dtype)
-    brackets = [
-        [_bracket(row, rank, stack.numel) for rank in wanted] for row, wanted in zip(sample, ranks, strict=True)
-    ]
-    above = [[0] * len(wanted) for wanted in ranks]
-    inside: list[list[list[np.ndarray]]] = [[[] for _ in wanted] for wanted in ranks]
+    bands = [[_Band.around(row, rank, stack) for rank in wanted] for row, wanted in zip(sample, ranks, strict=True)]
     for block in stack.blocks():
-        magnitudes = block.deltas().abs_().numpy()
-        for row, found in enumerate(brackets):
-            for c, (low, high) in enumerate(found):
-                over = magnitudes[row] > high
-                above[row][c] += int(np.count_nonzero(over))
-                inside[row][c].append(magnitudes[row][(magnitudes[row] >= low) ^ over])
-    result = []
-    for row, wanted in enumerate(ranks):
-        line = [_within(rank, above[row][c], np.concatenate(inside[row][c])) for c, rank in enumerate(wanted)]
-        if not all(line):
-            return cuts(stack.sweep, ranks, stack.dtype)
-        result.append([cut for cut in line if cut is not None])
-    return result
+        for magnitudes, wanted in zip(block.deltas().abs_().numpy(), bands, strict=True):
+            for band in wanted:
+                band.take(magnitudes)
+    found = [[band.cut() for band in wanted] for wanted in bands]
+    if any(cut is None for wanted in found for cut in wanted):
+        return cuts(stack.sweep, ranks, stack.dtype)
+    return [[cut for cut in wanted if cut is not None] for wanted in found]
 
 
-def _bracket(sample: Tensor, rank: int, length: int) -> tuple[float, float]:
-    """Magnitudes that should enclose the one at `rank`: the sample's, four standard deviations to either side."""
-    count, share = len(sample), rank / length
-    spread = 4 * (count * share * (1 - share)) ** 0.5 + 2
-    low, high = count - 2 - int(share * count + spread), count - 1 - int(share * count - spread)
-    places = [place for place in (low, high) if 0 <= place < count]
-    ordered = np.partition(sample.abs().numpy(), places) if places else np.empty(0)
-    return float(ordered[low]) if low >= 0 else 0.0, float(ordered[high]) if high < count else float("inf")
+@dataclass
+class _Band:
+    """The magnitudes from `low` to `high`, collected, and the number of those above: what decides one rank."""
 
+    rank: int
+    low: float
+    high: float
+    inside: np.ndarray  # room for them
+    filled: int = 0
+    above: int = 0
 
-def _within(rank: int, above: int, inside: np.ndarray) -> Cut | None:
-    """The cut at `rank`, if it lies among `inside`, which `above` larger magnitudes precede."""
-    left = rank - above
-    if not 0 < left <= len(inside):
-        return None
-    value = np.partition(inside, len(inside) - left)[len(inside) - left]
-    if not np.isfinite(value):
-        return None
-    larger = int(np.count_nonzero(inside > value))
-    return Cut(float(value), left - larger, int(np.count_nonzero(inside == value)))
+    @classmethod
+    def around(cls, sample: Tensor, rank: int, stack: Stack) -> _Band:
+        """The sample's magnitudes four standard deviations to either side of the wanted one."""
+        count, share = len(sample), rank / stack.numel
+        spread = 4 * (count * share * (1 - share)) ** 0.5 + 2
+        low, high = count - 2 - int(share * count + spread), count - 1 - int(share * count - spread)
+        places = [place for place in (low, high) if 0 <= place < count]
+        ordered = np.partition(sample.abs().numpy(), places) if places else np.empty(0)
+        room = int(3 * spread / count * stack.numel) + 1024
+        return cls(
+            rank,
+            float(ordered[low]) if low >= 0 else 0.0,
+            float(ordered[high]) if high < count else float("inf"),
+            np.empty(min(room, stack.numel), sample.numpy().dtype),
+        )
+
+    def take(self, magnitudes: np.ndarray) -> None:
+        over = magnitudes > self.high
+        self.above += int(np.count_nonzero(over))
+        more = magnitudes[(magnitudes >= self.low) ^ over]
+        stop = self.filled + len(more)
+        if stop <= len(self.inside):
+            self.inside[self.filled : stop] = more
+        self.filled = stop
+
+    def cut(self) -> Cut | None:
+        """The cut at the rank; None where the bracket missed it, or held more than there was room for."""
+        left = self.rank - self.above
+        if not 0 < left <= self.filled <= len(self.inside):
+            return None
+        inside = self.inside[: self.filled]
+        inside.partition(len(inside) - left)
+        value = inside[len(inside) - left]
+        if not np.isfinite(value):
+            return None
+        larger = int(np.count_nonzero(inside > value))
+        return Cut(float(value), left - larger, int(np.count_nonzero(inside == value)))
 
 
 def _counter(wanted: list[tuple[int, int]], shift: int, first: bool) -> Count:

@@ -39,8 +39,8 @@ GB = 1_000_000_000
 _TORCH_BYTES = 230_000_000  # a process that has imported torch and read a recipe
 # Input bytes a second that two cores merge with warm pages: docs/results/merge_speed.json.
 _RATES = {
-    "average": 1.8e9, "task_arithmetic": 1.8e9, "slerp": 1.3e9, "ties": 0.40e9, "dare": 0.7e9, "dare_ties": 0.6e9,
-    "della": 0.11e9, "della_linear": 0.11e9, "breadcrumbs": 0.35e9, "breadcrumbs_ties": 0.33e9,
+    "average": 1.5e9, "task_arithmetic": 1.3e9, "slerp": 0.6e9, "ties": 0.33e9, "dare": 0.55e9, "dare_ties": 0.49e9,
+    "della": 0.18e9, "della_linear": 0.18e9, "breadcrumbs": 0.28e9, "breadcrumbs_ties": 0.28e9,
     "consensus_ta": 0.9e9, "tall_masks": 0.9e9, "emr": 0.3e9, "pcb": 0.15e9,
     # for matrices 1024 wide; a matrix k times as wide takes k times as long a byte
     "iso_c": 30e6, "tsv": 8e6, "iso_cts": 7e6, "wudi": 1e6,
