@@ -52,7 +52,7 @@ def test_iso_c_makes_all_singular_values_their_mean(shape: tuple[int, int], coun
     # fp32 sums of changes; the polar factor magnifies their rounding by largest over smallest singular value
     torch.testing.assert_close(got, s.mean() * u @ v, rtol=0, atol=1e-6 * float(s[0] / s[-1]) * float(s[0]))
     kept = torch.linalg.svdvals(got)
-    torch.testing.assert_close(kept, s.mean().expand_as(kept), rtol=1e-5, atol=0)
+    torch.testing.assert_close(kept, s.mean().expand_as(kept), rtol=1e-6 * max(10.0, float(s[0] / s[-1])), atol=0)
     assert float(kept.sum()) == pytest.approx(float(s.sum()), rel=1e-5)  # the nuclear norm stays
 
 
