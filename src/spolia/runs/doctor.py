@@ -80,7 +80,7 @@ def _torch() -> list[Finding]:
         findings.append(Finding("torchvision", "fine", "not installed; nothing needs it yet"))
     elif cpu_only and not vision.endswith("+cpu"):
         what = f"{vision}: built for CUDA, beside a torch that is not; importing it, or what imports it, fails"
-        cure = "pip uninstall torchvision, or pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
+        cure = "pip uninstall torchvision, or install its CPU build from where torch came"
         findings.append(Finding("torchvision", "problem", what, cure))
     else:
         findings.append(Finding("torchvision", "fine", vision))

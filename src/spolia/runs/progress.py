@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class RichProgress:
             self._task = None
 
 
-class _Counting:
+class _Counting(ABC):
     """Counts, and says so now and then: at most every `every` seconds, and at the end of each phase."""
 
     every = EVERY
@@ -84,8 +85,9 @@ class _Counting:
             self.say(self._clock() - self._started, ended=True)
             self._phase = ""
 
+    @abstractmethod
     def say(self, seconds: float, ended: bool = False) -> None:
-        raise NotImplementedError
+        """Tell where the phase stands after `seconds`."""
 
 
 class PlainProgress(_Counting):
