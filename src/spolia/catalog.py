@@ -22,6 +22,7 @@ class Method:
     entry: str  # "module:function"
     settings: str  # class in the same module
     aliases: tuple[str, ...] = ()  # names other tools use for it
+    data: str = ""  # what it must see besides weights: unlabelled inputs, labels; empty: nothing
 
     @property
     def module(self) -> str:
@@ -157,6 +158,10 @@ METHODS: tuple[Method, ...] = (
         _MERGE + "iso:iso_cts", "IsoCts",
     ),
     Method(
+        "knots", "merge", "changes turned into one shared basis and merged there; adapters without ever being dense",
+        "Stoica et al. 2025, arXiv 2410.19735", "weights + base", "1 read and SVDs", _MERGE + "knots:knots", "Knots",
+    ),
+    Method(
         "wudi", "merge", "the change that disturbs each expert's own least", "Cheng et al. 2025, arXiv 2503.08099",
         "weights + base", "1 read and 300 products a matrix", _MERGE + "wudi:wudi", "Wudi",
     ),
@@ -181,6 +186,11 @@ METHODS: tuple[Method, ...] = (
 )  # fmt: skip
 
 _BY_NAME = {name: method for method in METHODS for name in (method.name, *method.aliases)}
+
+
+def data_free(family: str = "merge") -> list[Method]:
+    """The family's methods that see weights only."""
+    return [method for method in METHODS if method.family == family and not method.data]
 
 
 def find(name: str, where: str = "") -> Method:

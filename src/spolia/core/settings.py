@@ -40,6 +40,15 @@ class MergeSettings(Settings):
         return 0.0
 
 
+class LearnedSettings(Settings):
+    """Settings of a merge that looks at inputs: it runs the experts, so all tensors are held, not streamed."""
+
+    base: ClassVar[str] = "required"
+    experts: ClassVar[tuple[int, int | None]] = (1, None)
+    masked: ClassVar[bool] = False
+    base_counts: ClassVar[bool] = False
+
+
 def narrowed(settings: Any, places: Sequence[int]) -> Any:
     """The settings with every per-model field reduced to the experts at `places`."""
     fields = {name: getattr(settings, name) for name in type(settings).model_fields}

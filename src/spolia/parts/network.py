@@ -1,0 +1,106 @@
+"""A network: how the experts of a pool are run. The right to run and differentiate, which `Weights` does not give.
+
+All experts of one base share an architecture: one module is run with the weights of whichever expert, or merge, is asked
+for. Heads are frozen, one a task, and never merged, as the text heads of CLIP in the merging papers.
+
+    network = Network(module, heads)
+    network.logits("mnist", batch, weights)        # with other weights than the module's own, differentiable in them
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from spolia.core.lazy import torch
+from spolia.errors import SpoliaError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Outputs = Callable[[nn.Module, Any], Tensor]
+
+_NAMED = ("logits", "image_embeds", "text_embeds", "pooler_output", "last_hidden_state")  # first one that is there
+
+
+def outputs_of(module: nn.Module, batch: Any) -> Tensor:
+    """What `module` makes of a batch: a tensor, or of a named output the first of logits, embeddings, pooled state.
+
+    A mapping is passed by keyword, as Hugging Face models take it; a tuple by position; anything else as the one
+    argument. A last hidden state [batch, tokens, width] gives its first token's.
+    """
+    if isinstance(batch, Mapping):
+        made = module(**batch)
+    elif isinstance(batch, tuple):
+        made = module(*batch)
+    else:
+        made = module(batch)
+    if torch.is_tensor(made):
+        return made
+    for name in _NAMED:
+        value = getattr(made, name, None)
+        if torch.is_tensor(value):
+            return value[:, 0] if name == "last_hidden_state" else value
+    raise SpoliaError(
+        f"{type(module).__name__} returns a {type(made).__name__}, in which no features are known",
+        where="network",
+        mend="give Network(outputs=...), a function of module and batch that returns a tensor",
+    )
+
+
+@dataclass(frozen=True)
+class Network:
+    """A module, what it makes of a batch, and the frozen head of every task.
+
+    `outputs(module, batch)` gives features [batch, d] where there are heads, else the logits themselves, [batch, classes]
+    or [batch, tokens, classes].
+    """
+
+    module: nn.Module
+    heads: Mapping[str, nn.Module] = field(default_factory=dict)
+    outputs: Outputs = outputs_of
+
+    def __post_init__(self) -> None:
+        self.module.eval()  # merging fits neither dropout nor running statistics
+        for head in self.heads.values():
+            head.eval().requires_grad_(False)
+
+    def features(self, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Outputs of the module with `weights` in place of its own; differentiable in them."""
+        if weights is None:
+            return self.outputs(self.module, batch)
+        from spolia.core.functional import call
+
+        return call(self.module, weights, self.outputs, batch)
+
+    def logits(self, task: str, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits of `task`: its head on the features, or the outputs where no task has a head."""
+        features = self.features(batch, weights)
+        return self.heads[task](features) if self.heads else features
+
+    def loaded(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the module that holds `weights`; SpoliaError names what does not fit."""
+        module = copy.deepcopy(self.module)
+        own = module.state_dict()
+        for name in sorted(own.keys() ^ weights.keys()):
+            owner = "the weights lack" if name in own else "the module lacks"
+            raise SpoliaError(f"{owner} tensor `{name}`", where="network", mend="give the experts' own architecture")
+        for name, tensor in weights.items():
+            if own[name].shape != tensor.shape:
+                what = f"tensor `{name}` is {list(own[name].shape)} in the module, {list(tensor.shape)} in the weights"
+                raise SpoliaError(what, where="network", mend="give the experts' own architecture")
+        module.load_state_dict(weights)
+        return module.eval()
+
+    def check_tasks(self, tasks: list[str]) -> None:
+        """SpoliaError unless there is a head for each of `tasks`, or no heads at all."""
+        missing = [task for task in tasks if task not in self.heads] if self.heads else []
+        if missing:
+            known = ", ".join(self.heads)
+            raise SpoliaError(
+                f"no head for {', '.join(missing)}",
+                where="network.heads",
+                mend=f"name them as the experts; given: {known}",
+            )
