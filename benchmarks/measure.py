@@ -17,8 +17,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_EARLIER = "commit of rows measured before"
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,14 @@ def row(method: str, task: str, metric: str, unit: str, values: list[float], **m
     return {"method": method, "task": task, "metric": metric, "unit": unit, **rounded, "n": len(values), **more}
 
 
-def in_turn(sides: dict[str, Callable[[], Usage]], repeats: int) -> dict[str, list[Usage]]:
-    """A B C, A B C, …: a slow minute of the machine falls on every side."""
+def in_turn(sides: dict[str, Callable[[], Usage]], repeats: int, slow: float = float("inf")) -> dict[str, list[Usage]]:
+    """A B C, A B C, …: a slow minute of the machine falls on every side. One turn if a run takes over `slow` seconds."""
     runs: dict[str, list[Usage]] = {side: [] for side in sides}
     for _ in range(repeats):
         for side, run in sides.items():
             runs[side].append(run())
+        if max(used[0].wall for used in runs.values()) > slow:
+            break
     return runs
 
 
@@ -148,16 +152,64 @@ def print_table(table: list[list[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def write_ledger(path: Path, name: str, command: str, rows: list[dict[str, object]], **more: object) -> None:
-    """Write `path` in the form of docs/results: what was run, on what, and every row."""
-    ledger = {
-        "name": name,
-        "command": command,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        **more,
-        "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ledger, indent=1) + "\n")
+@dataclass(frozen=True)
+class Ledger:
+    """A file of docs/results that is written after each task, so that a run of some tasks keeps the others' rows.
+
+    Rows that an earlier commit or day has left are named under `versions`. Rows of another machine, or beside other
+    versions, are dropped; `require_one_machine` ends a run that would do so without measuring them again.
+    """
+
+    path: Path
+    command: str
+    tasks: list[str]  # every task of the file, in order
+    versions: dict[str, dict[str, str]]
+    data: dict[str, str]
+    seeds: list[int]
+    notes: str
+
+    def require_one_machine(self, asked: list[str]) -> None:
+        old = self._read()
+        left = {row["task"] for row in old.get("rows", [])} & set(self.tasks) - set(asked)
+        if left and not self._comparable(old):
+            what = f"{self.path} comes from another machine or other versions: measure all its rows, or give --json"
+            raise SystemExit(what)
+
+    def add(self, rows: list[dict[str, object]]) -> None:
+        """Put `rows` in the place of those of the same tasks."""
+        old, measured = self._read(), {row["task"] for row in rows}
+        old = old if self._comparable(old) else {}
+        kept = [row for row in old.get("rows", []) if row["task"] in self.tasks and row["task"] not in measured]
+        now = {"commit": commit(), "date": datetime.date.today().isoformat()}
+        before = old.get("versions", {}).get(_EARLIER, {})
+        if old and any(old[key] != value for key, value in now.items()):
+            before = {row["task"]: f"{old['commit']}, {old['date']}" for row in kept} | before
+        earlier = {row["task"]: before[row["task"]] for row in kept if row["task"] in before}
+        ledger = {
+            "name": self.path.stem,
+            "command": self.command,
+            **now,
+            "machine": machine(),
+            "versions": self.versions | ({_EARLIER: earlier} if earlier else {}),
+            "data": self.data,
+            "seeds": self.seeds,
+            "notes": self.notes,
+            "rows": sorted([*kept, *rows], key=lambda row: self.tasks.index(row["task"])),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(ledger, indent=1) + "\n")
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def _comparable(self, old: dict[str, Any]) -> bool:
+        """Whether its rows may stand beside new ones; spolia's own version may differ, as its commit may."""
+
+        def others(versions: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+            return {
+                side: {name: version for name, version in used.items() if name != "spolia"}
+                for side, used in versions.items()
+                if side != _EARLIER
+            }
+
+        return bool(old) and old["machine"] == machine() and others(old["versions"]) == others(self.versions)

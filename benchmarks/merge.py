@@ -4,81 +4,48 @@
     python benchmarks/merge.py --install-peer                  the same, with mergekit installed into the work folder
     python benchmarks/merge.py --quick                         tiny models: does everything run?
 
-Results are compared before anything is timed. See benchmarks/README.md.
+Results are compared before anything is timed. The rows stand in merge_rows.py; see benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 from measure import Usage, cell, median
+from merge_rows import DENSITY, GAMMA, NAMED, OTHERS, ROWS, Row, recipe, title
+from merge_work import SIZES
 
 PEER = "mergekit==0.1.5"
-DENSITY, GAMMA, SEED = 0.2, 0.01, 0
-# About 0.3. Round weights put sums of bf16 numbers exactly between two others, where the last fp32 bit decides.
-WEIGHTS = (0.4321, 0.3457, 0.2222)
+SEED = 0
 SIDES = "spolia,mergekit,copy"
-LEDGER = "docs/results/merge_speed.json"
+STARTS = ("--help", "import")  # the tasks of row 0
 WORK = str(Path(__file__).resolve().with_name("merge_work.py"))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One merge. We demand that the peer takes `faster` times our seconds or more, we `memory` of its peak or less."""
-
-    key: str
-    method: str
-    parameters: str  # of every expert beside its weight, as they stand in the recipe
-    experts: int
-    base: bool
-    faster: float | None
-    memory: float | None
-    check: str  # how the results must agree: rounding, cut or random
-    top: str = ""
-    size: str = "normal"
-
-
-_KEEP = f", density: {DENSITY}"
-ROWS = (
-    Row("1a", "linear", "", 3, False, 3, 1 / 4, "rounding"),
-    Row("1b", "task_arithmetic", "", 3, True, 3, 1 / 4, "rounding"),
-    Row("1c", "slerp", "", 1, True, 3, 1 / 4, "rounding", top="parameters: {t: 0.4}\n"),
-    Row("1d", "dare_ties", _KEEP, 3, True, 4, 1 / 4, "random"),
-    Row("1e", "ties", _KEEP, 3, True, 6, 1 / 5, "cut"),
-    Row("1f", "breadcrumbs", f"{_KEEP}, gamma: {GAMMA}", 3, True, 5, 1 / 5, "cut"),
-    Row("1g", "della", _KEEP, 3, True, 2, 1 / 5, "random"),
-    Row("1h", "linear", "", 3, False, None, None, "rounding", size="double"),
-)
-ROW_KEYS = "0," + ",".join(r.key for r in ROWS)
 # Shares that results may differ by. rounding: both sides compute in float32 and round once, so almost every element is
-# equal and none is further off than one bf16 step, or fp32's error where a sum cancels. cut: the same away from ties.
-# random: two draws at density 0.2 from 10^5 elements or more differ by less than 0.01 (seven standard deviations).
+# equal and none is further off than one bf16 step, or fp32's error where a sum cancels. cut, variance: the same away
+# from ties. random: two draws at density 0.2 from 10^5 elements or more differ by less than 0.01 (seven standard
+# deviations).
 LIMITS = {"different": 1e-3, "beyond": 0.0, "kept": 0.01, "norm": 0.03}
+NOTES = (
+    "mean is the median of n whole processes run in turn, low and high the extremes; of a ratio, mean is the ratio of "
+    "medians, low and high those of single turns. A row with a run slower than --slow is run once. Peak is resident memory "
+    "of the process, mapped files included. Inputs lie in the page cache. copy: a loop that reads every input and writes "
+    "one model, without torch. mergekit is timed in its default arithmetic, bfloat16, and compared, on models of 0.11 GB, in "
+    "float32, or in float64 where its float32 sums over a whole tensor lose digits."
+)
 
 
-def recipe(r: Row, models: Path, dtype: str = "") -> str:
-    """The merge as a mergekit recipe, which both sides read."""
-    lines = [f"merge_method: {r.method}\n", r.top, dtype]
-    if r.base:
-        lines.append(f"base_model: {models / 'base'}\n")
-    lines.append("models:\n")
-    if r.method == "slerp":
-        lines.append(f"  - model: {models / 'base'}\n")
-    for k in range(r.experts):
-        lines.append(f"  - model: {models / f'expert-{k + 1}'}\n")
-        if r.method != "slerp":
-            lines.append(f"    parameters: {{weight: {WEIGHTS[k]}{r.parameters}}}\n")
-    return "".join(lines)
+Found = tuple[list[dict], list[str]]  # rows of the ledger, and a line of the table
 
 
 class Bench:
@@ -89,9 +56,12 @@ class Bench:
         self.log = work / "log.txt"
         self.unequal: list[str] = []
 
+    def size(self, r: Row) -> str:
+        return "quick" if self.quick else r.size
+
     def models(self, r: Row) -> Path:
         """The row's checkpoints, made on first use and kept."""
-        size = "quick" if self.quick else r.size
+        size = self.size(r)
         folder = self.work / "models" / size
         if not (folder / "complete").exists():
             print(f"making {size} checkpoints …", flush=True)
@@ -105,7 +75,7 @@ class Bench:
 
     def command(self, side: str, r: Row, out: Path, dtype: str = "") -> list[str]:
         file = self.work / f"{side}-{r.key}.yml"
-        file.write_text(recipe(r, self.models(r), dtype))
+        file.write_text(recipe(r, self.models(r), SIZES[self.size(r)][2], dtype))
         if side == "spolia":
             return [str(Path(sys.executable).with_name("spolia")), "merge", str(file), str(out)]
         if side == "mergekit":
@@ -119,53 +89,45 @@ class Bench:
     def run(self, side: str, r: Row, dtype: str = "") -> Usage:
         """One measured process. Its result stays in the work folder until the side's next run."""
         out = self.out(side)
-        shutil.rmtree(out, ignore_errors=True)
-        out.parent.mkdir(exist_ok=True)
+        shutil.rmtree(out.parent, ignore_errors=True)  # with what a run that failed left beside it, to go on with
+        out.parent.mkdir(parents=True)
         if side == "copy":
             out.mkdir()
             return measure.process(self.command(side, r, out / "model.safetensors"), self.log)
         return measure.process(self.command(side, r, out, dtype), self.log)
 
     def out(self, side: str) -> Path:
-        return self.work / "out" / side
+        return self.work / "out" / side / "merged"
 
     def check(self, r: Row) -> dict[str, float]:
-        """Merge once on both sides, the peer in float32 arithmetic as we always do, and compare every element."""
+        """Merge small models on both sides, the peer in arithmetic as wide as ours, and compare every element."""
+        r = dataclasses.replace(r, size="small")
         self.run("spolia", r)
-        self.run("mergekit", r, "dtype: float32\nout_dtype: bfloat16\n")
+        self.run("mergekit", r, r.precision)
         experts = [str(self.models(r) / f"expert-{k + 1}") for k in range(r.experts)]
-        cuts = [str(DENSITY), str(GAMMA if "gamma" in r.parameters else 0)]
+        cuts = [str(DENSITY), str(GAMMA if "gamma" in r.each else 0)]
         folders = [str(self.out("spolia")), str(self.out("mergekit")), str(self.models(r) / "base")]
         return json.loads(measure.ask([sys.executable, WORK, "compare", r.check, *folders, *cuts, *experts]))
 
 
-def title(r: Row, quick: bool) -> str:
-    size = "tiny" if quick else {"normal": "0.51 GB", "double": "1.03 GB"}[r.size]
-    return f"{r.method}, {r.experts + r.base} × {size}"
-
-
-def merges(bench: Bench, rows: list[Row], repeats: int, check: bool) -> tuple[list[dict], list[list[str]]]:
-    """Check, then time every row, the sides in turn. Ledger rows and table lines."""
-    ledger: list[dict] = []
-    table = [["row", "merge", "mergekit", "spolia", "copy", "faster", "peak", "demand", "met"]]
-    peaks: dict[str, float] = {}
-    for r in rows:
-        name = title(r, bench.quick)
-        bench.models(r)
-        if check and {"spolia", "mergekit"} <= set(bench.sides):
-            found = bench.check(r)
-            print(f"{r.key} {name}: " + ", ".join(f"{k} {v:.2e}" for k, v in found.items()), flush=True)
-            off = [k for k, v in found.items() if v > LIMITS.get(k, 1)]
-            if off and not bench.quick:  # shares of a tiny model are too coarse for the limits
-                bench.unequal.append(f"{name}: {', '.join(off)} over the limit")
-                continue  # times of unequal results mean nothing
-            ledger += [measure.row("spolia", name, f"{k} from mergekit in float32", "1", [v]) for k, v in found.items()]
-        runs = measure.in_turn({side: lambda side=side, r=r: bench.run(side, r) for side in bench.sides}, repeats)
-        ledger += measure.usage_rows(name, runs, "spolia", "mergekit")
-        peaks[r.key] = median(runs, "spolia", "peak")
-        table.append(_line(r, name, runs, peaks, bench.quick))
-        print("  ".join(table[-1]), flush=True)
-    return ledger, table
+def merge_row(bench: Bench, r: Row, repeats: int, slow: float, check: bool, peaks: dict[str, float]) -> Found:
+    """Check, then time one merge, the sides in turn. Ledger rows and a table line; nothing where the results differ."""
+    name, ledger = title(r, bench.quick), []
+    sides = [side for side in bench.sides if side != "mergekit" or r.peer]
+    bench.models(r)
+    if check and {"spolia", "mergekit"} <= set(sides):
+        found = bench.check(r)
+        print(f"{r.key} {name}: " + ", ".join(f"{k} {v:.2e}" for k, v in found.items()), flush=True)
+        off = [k for k, v in found.items() if v > LIMITS.get(k, 1)]
+        if off and not bench.quick:  # shares of a tiny model are too coarse for the limits
+            bench.unequal.append(f"{name}: {', '.join(off)} over the limit")
+            return [], []  # times of unequal results mean nothing
+        told = f"from mergekit in {r.precision}"
+        ledger += [measure.row("spolia", name, f"{k} {told}", "1", [v]) for k, v in found.items()]
+    runs = measure.in_turn({side: lambda side=side: bench.run(side, r) for side in sides}, repeats, slow)
+    ledger += measure.usage_rows(name, runs, "spolia", "mergekit")
+    peaks[r.key] = median(runs, "spolia", "peak")
+    return ledger, _line(r, name, runs, peaks, bench.quick)
 
 
 def starts(bench: Bench, repeats: int) -> tuple[list[dict], list[list[str]]]:
@@ -204,7 +166,9 @@ def _line(r: Row, name: str, runs: dict[str, list[Usage]], peaks: dict[str, floa
     """One line of the table; `met` is empty where a side was not run, or on tiny models, which show start-up alone."""
     faster = median(runs, "mergekit", "wall") / median(runs, "spolia", "wall")
     memory = median(runs, "spolia", "peak") / median(runs, "mergekit", "peak")
-    if r.faster and r.memory:
+    if not r.peer:
+        demand, met, known = "", False, False
+    elif r.faster and r.memory:
         demand, met = f"≥ {r.faster:g}×, ≤ 1/{1 / r.memory:g}", faster >= r.faster and memory <= r.memory
         known = faster == faster
     else:  # 16 MB: run-to-run spread of a process's peak is a few MB
@@ -229,18 +193,61 @@ def find_peer(peer: str | None, install: bool, work: Path) -> Path | None:
     return folder if (folder / "bin" / "mergekit-yaml").exists() else None
 
 
-def main() -> None:
+def chosen(asked: str) -> list[str]:
+    """Keys of the rows asked for by key or by method, 0 first. Unknown names end the program."""
+    words = [word for word in asked.split(",") if word]
+    known = {"0", *(name for r in ROWS for name in (r.key, r.method))}
+    if odd := [word for word in words if word not in known]:
+        raise SystemExit(f"--only: no row is called {', '.join(odd)}; known: {', '.join(sorted(known))}")
+    keys = ["0"] if "0" in words or not words else []
+    return keys + [r.key for r in ROWS if not words or r.key in words or r.method in words]
+
+
+def ledgers(bench: Bench, told: argparse.Namespace) -> dict[str, measure.Ledger]:
+    """Where each row's results are kept, by its key; empty where they are not."""
+    whole_sides = bench.peer and set(bench.sides) == set(SIDES.split(","))
+    if not told.json and (bench.quick or not whole_sides):
+        return {}
+    words = ["python", "benchmarks/merge.py", "--peer", "ENVIRONMENT", "--repeats", str(told.repeats)]
+    words += ["--slow", f"{told.slow:g}"] if told.slow < math.inf else []
+    words += ["--only", told.only] if told.only and told.json else []  # a ledger of its own; else the rest is kept
+    used = {"spolia": measure.versions(sys.executable, ["spolia", "torch", "numpy", "safetensors"])}
+    if bench.peer:
+        packages = ["mergekit", "torch", "transformers", "safetensors"]
+        used["mergekit's environment"] = measure.versions(str(bench.peer / "bin" / "python"), packages)
+
+    def ledger(path: Path, rows: tuple[Row, ...], first: tuple[str, ...]) -> measure.Ledger:
+        tasks = [*first, *(title(r, bench.quick) for r in rows)]
+        data = {"merge": "random sharded bf16 checkpoints in Llama layout, made on the spot; no data set is touched"}
+        return measure.Ledger(path, shlex.join(words), tasks, used, data, [SEED], NOTES)
+
+    if told.json:
+        one = ledger(Path(told.json), ROWS, STARTS)
+        return dict.fromkeys(("0", *(r.key for r in ROWS)), one)
+    results = measure.REPOSITORY / "docs" / "results"
+    named = ledger(results / "merge_speed.json", NAMED, STARTS)
+    others = ledger(results / "merge_speed_all.json", OTHERS, ())
+    return {"0": named} | {r.key: named for r in NAMED} | {r.key: others for r in OTHERS}
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and memory of merging, beside mergekit.")
     parser.add_argument("--work", help="folder for checkpoints and results, 8 GB; kept. Default: a temporary one")
     parser.add_argument("--peer", help="environment folder (or its python) that has mergekit")
     parser.add_argument("--install-peer", action="store_true", help=f"install {PEER} into the work folder")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", default=ROW_KEYS, help="default: %(default)s")
+    parser.add_argument("--slow", type=float, default=math.inf, help="rows with a run of more seconds are run once")
+    parser.add_argument("--only", default="", help="some rows, by key or method: 0,1e,karcher. Default: every row")
     parser.add_argument("--sides", default=SIDES, help="default: %(default)s")
     parser.add_argument("--no-check", action="store_true", help="do not compare results first")
     parser.add_argument("--quick", action="store_true", help="tiny models, one run each, nothing kept")
-    parser.add_argument("--json", help=f"where the ledger goes. Default: {LEDGER} after a whole run")
-    told = parser.parse_args()
+    parser.add_argument("--json", help="one file for every row, in place of docs/results/merge_speed(_all).json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    told = parsed()
+    keys = chosen(told.only)
     with tempfile.TemporaryDirectory(prefix="merge-") as temporary:
         work = Path(told.work or temporary).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -250,43 +257,28 @@ def main() -> None:
             print("mergekit is not there (--peer or --install-peer); its side is left out")
         bench = Bench(work, sides, peer, told.quick)
         repeats = 1 if told.quick else told.repeats
-        asked = told.rows.split(",")
-        start = starts(bench, repeats) if "0" in asked else ([], [])
-        merged = merges(bench, [r for r in ROWS if r.key in asked], repeats, not told.no_check)
-        for _, table in (start, merged):
-            if len(table) > 1:
-                measure.print_table(table)
-        whole = peer and sides == told.sides.split(",") == SIDES.split(",") and told.rows == ROW_KEYS and not told.quick
-        if told.json or whole:  # a run of some rows or one side must not replace the ledger
-            path = Path(told.json) if told.json else measure.REPOSITORY / LEDGER
-            _write(path, bench, start[0] + merged[0], told)
+        kept = ledgers(bench, told)
+        tasks = [*(STARTS if "0" in keys else ()), *(title(r, told.quick) for r in ROWS if r.key in keys)]
+        for ledger in {id(ledger): ledger for ledger in kept.values()}.values():
+            ledger.require_one_machine(tasks)
+        if "0" in keys:
+            rows, table = starts(bench, repeats)
+            if kept:
+                kept["0"].add(rows)
+            measure.print_table(table)
+        table = [["row", "merge", "mergekit", "spolia", "copy", "faster", "peak", "demand", "met"]]
+        peaks: dict[str, float] = {}
+        for r in (r for r in ROWS if r.key in keys):
+            rows, line = merge_row(bench, r, repeats, told.slow, not told.no_check, peaks)
+            if line:
+                table.append(line)
+                print("  ".join(line), flush=True)
+            if kept and rows:
+                kept[r.key].add(rows)
+        if len(table) > 1:
+            measure.print_table(table)
         if bench.unequal:
             raise SystemExit("\n".join(["not timed, because the results differ:", *bench.unequal]))
-
-
-def _write(path: Path, bench: Bench, rows: list[dict], told: argparse.Namespace) -> None:
-    used = {"spolia": measure.versions(sys.executable, ["spolia", "torch", "numpy", "safetensors"])}
-    if bench.peer:
-        peer = measure.versions(
-            str(bench.peer / "bin" / "python"), ["mergekit", "torch", "transformers", "safetensors"]
-        )
-        used["mergekit's environment"] = peer
-    words = ["python", "benchmarks/merge.py", "--peer", "ENVIRONMENT", "--repeats", str(told.repeats)]
-    words += ["--rows", told.rows] if told.rows != ROW_KEYS else []
-    measure.write_ledger(
-        path,
-        "merge_speed",
-        shlex.join(words),
-        rows,
-        versions=used,
-        data={"merge": "random sharded bf16 checkpoints in Llama layout, made on the spot; no data set is touched"},
-        seeds=[SEED],
-        notes="mean is the median of n whole processes run in turn, low and high the extremes; of a ratio, mean is the "
-        "ratio of medians, low and high those of single turns. Peak is resident memory of the process, mapped files "
-        "included. Inputs lie in the page cache. copy: a loop that reads every input and writes one model, without "
-        "torch. mergekit is timed in its default arithmetic, bfloat16, and compared in float32.",
-    )
-    print(f"\nwritten: {path}\nmachine: {measure.machine()['cpu']}, {measure.machine()['cores']} cores")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 # hidden, feed-forward, layers, heads, key-value heads, vocabulary
 SIZES = {
     "quick": (128, 344, 2, 4, 2, 1024),  # 0.6 M parameters: does everything run?
+    "small": (512, 1408, 8, 8, 4, 32000),  # 56 M parameters, 0.11 GB
     "normal": (1024, 2816, 16, 16, 8, 32000),  # 254 M parameters, 0.51 GB in bf16
     "double": (1536, 4096, 16, 24, 12, 32000),  # 514 M parameters, 1.03 GB; its largest tensor grows as well
 }
@@ -129,6 +130,7 @@ def compare(kind: str, ours: str, peer: str, base: str, density: str, gamma: str
               bf16 step apart and further than fp32 sums of these inputs can err
     cut       the same away from ties at a cut: elements whose magnitude of change equals the smallest or the largest
               one kept, where either answer is right; `tied` is their share
+    variance  as cut, for the elements whose variance over the experts is next to the largest that is dropped
     random    two draws are never equal: `kept` is the largest difference, over matrices, of the share of elements that
               changed; `norm` that of the L1 norm of the change, relative
     """
@@ -152,8 +154,9 @@ def compare(kind: str, ours: str, peer: str, base: str, density: str, gamma: str
             continue
         steps = (_order(x) - _order(y)).abs()
         start, tensors = zero[name]().float(), [model[name]().float() for model in trained]
-        if kind == "cut":
-            free = _tie_free(start, tensors, float(density), float(gamma))
+        if kind == "cut" or kind == "variance":
+            cuts = [float(share) for share in (density, gamma)]
+            free = _tie_free(start, tensors, *cuts) if kind == "cut" else _apart(tensors, cuts[0])
             tied += steps.numel() - int(free.sum())
             steps = steps * free
         error = sum((tensor.abs() for tensor in tensors), start.abs()) * 2**-22  # four roundings of fp32
@@ -198,6 +201,19 @@ def _tie_free(base, trained, density: float, gamma: float):
         for rank in {bottom + 1, n - top} if gamma else {bottom + 1}:  # 1 is the smallest
             free &= size != size.flatten().kthvalue(rank).values
     return free
+
+
+def _apart(trained, density: float):
+    """True where the variance over the experts is not that of the cut, up to fp32's error."""
+    import numpy as np
+    import torch
+
+    variance = torch.stack(trained).double().var(0, unbiased=False).flatten()
+    kept = int(density * int(variance.count_nonzero()))
+    if kept == 0:
+        return torch.ones_like(trained[0], dtype=torch.bool)
+    cut = float(np.partition(variance.numpy(), variance.numel() - kept)[variance.numel() - kept])
+    return ((variance - cut).abs() > 1e-5 * cut).view(trained[0].shape)
 
 
 if __name__ == "__main__":

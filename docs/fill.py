@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from spolia.catalog import find
-from spolia.report.figures import task_bars
-from spolia.report.ledger import main_table
-from spolia.report.plots import draw, standalone
-from spolia.report.tables import escape_markdown, to_markdown
+from spolia.reports.figures import task_bars
+from spolia.reports.ledger import main_table
+from spolia.reports.plots import draw, standalone
+from spolia.reports.tables import escape_markdown, to_markdown
 from spolia.runs.fields import FieldText, describe
 
 DOCS = Path(__file__).resolve().parent

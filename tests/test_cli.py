@@ -72,7 +72,7 @@ def test_show_names_every_setting_with_its_source(capsys, method):
     for name, field in method.settings_class().model_fields.items():
         row = next(line for line in out.splitlines() if line.startswith(f"  {name} "))
         assert field.json_schema_extra["source"] in row
-    assert f"spolia run merge/{method.name}-tiny" in out
+    assert f"spolia run {method.family}/{method.name}-tiny" in out
 
 
 def test_new_writes_a_recipe_once(capsys, tmp_path):

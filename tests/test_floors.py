@@ -1,7 +1,7 @@
 """The house stands: imports go down the floors, and importing has no effects.
 
     6  cli
-    5  runs   report        neither imports the other
+    5  runs   reports       neither imports the other
     4  bench
     3  methods zoo data     none imports another; a method imports methods of its own room only
     2  parts
@@ -26,11 +26,11 @@ from spolia.catalog import METHODS
 
 SRC = Path(spolia.__file__).parents[1]
 FILES = sorted(SRC.glob("spolia/**/*.py"))
-ROOMS = ("catalog errors", "core", "parts", "methods zoo data", "bench", "runs report", "cli")  # from the ground up
+ROOMS = ("catalog errors", "core", "parts", "methods zoo data", "bench", "runs reports", "cli")  # from the ground up
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
 # The verbs are the whole command as functions, so what `spolia report` and the card of a merged model do is among them.
 # Lazily: planning must not pay for plots.
-GLUE = {("spolia.runs.verbs", "spolia.report")}
+GLUE = {("spolia.runs.verbs", "spolia.reports")}
 # Modules that import by name: the doors, the catalog's entries, a method's page, and torch and numpy on first use. Their
 # names are literal tables, each with a test of its own.
 NAMED_IMPORTS = {"spolia", "spolia.catalog", "spolia.core.lazy", "spolia.runs.describe"}
@@ -237,8 +237,8 @@ BAD_IMPORTS = [
     ("spolia.zoo.x", "from spolia.methods.merge import average"),
     ("spolia.methods.surgery.x", "from spolia.methods.merge import average"),
     ("spolia.methods.merge.x", "from spolia.data import digits"),
-    ("spolia.report.x", "from spolia.runs.store import RunFolder"),
-    ("spolia.runs.x", "from spolia.report import tables"),
+    ("spolia.reports.x", "from spolia.runs.store import RunFolder"),
+    ("spolia.runs.x", "from spolia.reports import tables"),
     ("spolia.runs.x", "from spolia import cli"),
     ("spolia.cellar.x", "import os"),
     ("spolia.errors", "from spolia.core import lazy"),
@@ -255,9 +255,9 @@ def test_a_crossing_is_seen(module: str, source: str) -> None:
     [
         (
             "spolia.cli",
-            "from spolia.runs import verbs\nfrom spolia.report import tables\nfrom spolia import __version__",
+            "from spolia.runs import verbs\nfrom spolia.reports import tables\nfrom spolia import __version__",
         ),
-        ("spolia.runs.verbs", "def f():\n    from spolia.report.html import write_report"),
+        ("spolia.runs.verbs", "def f():\n    from spolia.reports.html import write_report"),
         ("spolia.methods.merge.x", "from spolia.methods.merge import average\nfrom spolia.core.lazy import torch"),
         ("spolia.methods.merge.x", "from . import average\nfrom ...parts import expert"),
         ("spolia.catalog", "from spolia.errors import SpoliaError\nimport importlib\nimportlib.import_module(name)"),

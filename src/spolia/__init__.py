@@ -18,6 +18,7 @@ _DOORS = {
     "masks": "spolia.runs.masking",
     "attach": "spolia.runs.masking",
     "merge_adapters": "spolia.runs.adapters",
+    "surgery": "spolia.runs.surgery",
     "inspect": "spolia.runs.inspection",
     "compare": "spolia.runs.comparison",
     "load_recipe": "spolia.runs.recipe",
@@ -27,21 +28,32 @@ _DOORS = {
     "Expert": "spolia.parts.expert",
     "ExpertPool": "spolia.parts.expert",
     "TaskVector": "spolia.parts.taskvector",
+    "Network": "spolia.parts.network",
+    "Adapters": "spolia.parts.bottleneck",
+    "Examples": "spolia.parts.examples",
+    "Learned": "spolia.parts.learned",
+    "recipe_of": "spolia.runs.coefficients",
 }
 
 if TYPE_CHECKING:
     from spolia.core.journal import Journal as Journal
     from spolia.errors import SpoliaError as SpoliaError
+    from spolia.parts.bottleneck import Adapters as Adapters
+    from spolia.parts.examples import Examples as Examples
     from spolia.parts.expert import Expert as Expert
     from spolia.parts.expert import ExpertPool as ExpertPool
+    from spolia.parts.learned import Learned as Learned
+    from spolia.parts.network import Network as Network
     from spolia.parts.taskvector import TaskVector as TaskVector
     from spolia.runs.adapters import merge_adapters as merge_adapters
+    from spolia.runs.coefficients import recipe_of as recipe_of
     from spolia.runs.comparison import compare as compare
     from spolia.runs.inspection import inspect as inspect
     from spolia.runs.masking import attach as attach
     from spolia.runs.masking import masks as masks
     from spolia.runs.recipe import Recipe as Recipe
     from spolia.runs.recipe import load_recipe as load_recipe
+    from spolia.runs.surgery import surgery as surgery
     from spolia.runs.verbs import merge as merge
     from spolia.runs.verbs import plan as plan
     from spolia.runs.verbs import report as report

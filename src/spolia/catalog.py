@@ -49,6 +49,7 @@ class Method:
 
 _MERGE = "spolia.methods.merge."
 _SPARSE = _MERGE + "sparsify:sparsified"
+_SURGERY = "spolia.methods.surgery."
 
 METHODS: tuple[Method, ...] = (
     Method(
@@ -166,6 +167,10 @@ METHODS: tuple[Method, ...] = (
         "weights + base", "1 read and 300 products a matrix", _MERGE + "wudi:wudi", "Wudi",
     ),
     Method(
+        "awd", "merge", "take out what all changes share, add the rest", "Xiong et al. 2024, arXiv 2411.18729",
+        "weights + base", "2 reads and a small solve a row", _MERGE + "awd:awd", "Awd",
+    ),
+    Method(
         "pcb", "merge", "weights compete by size and agreement, winners are merged",
         "Du et al. 2024, arXiv 2410.02396", "weights + base", "5 to 7 reads", _MERGE + "pcb:pcb", "Pcb",
     ),
@@ -182,6 +187,23 @@ METHODS: tuple[Method, ...] = (
         "emr", "merge", "one elected change, and a mask and a factor an expert that turn it back into its own",
         "Huang et al. 2024, arXiv 2405.17461", "weights + base; the task, when used", "3 reads",
         _MERGE + "emr:emr", "Emr",
+    ),
+    Method(
+        "adamerging", "merge", "learn how much of each expert to add, from inputs without labels",
+        "Yang et al. 2024, arXiv 2310.02575", "weights + base; unlabelled inputs", "500 steps of a batch a task",
+        _MERGE + "adamerging:adamerging", "AdaMerging", data="unlabelled inputs",
+    ),
+    Method(
+        "surgery", "surgery", "take from a merged model's last feature what merging put there, task by task",
+        "Yang et al. 2024, arXiv 2402.02705", "merged weights + experts; unlabelled inputs; the task, when used",
+        "1 pass of inputs through each model, then seconds", _SURGERY + "surgery:surgery", "Surgery",
+        data="unlabelled inputs",
+    ),
+    Method(
+        "deep", "surgery", "the same after every block of the network", "Yang et al. 2024, arXiv 2410.14389",
+        "merged weights + experts; unlabelled inputs; the task, when used",
+        "1000 steps of a batch a task; closed form: 2 passes of inputs", _SURGERY + "deep:deep", "Deep",
+        aliases=("surgery_v2",), data="unlabelled inputs",
     ),
 )  # fmt: skip
 

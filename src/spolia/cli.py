@@ -111,11 +111,26 @@ def schema() -> None:
 
 
 @app.command()
-def plan(recipe: RecipeName, overrides: Overrides = None, json: Json = False) -> None:
-    """Show what a run would do, and what it costs."""
-    from spolia.runs import verbs
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    read_rate: Annotated[str | None, typer.Option(help="Of the disk, a second, as 3GB; default: a guess.")] = None,
+    write_rate: Annotated[str, typer.Option(help="Of the disk, a second.")] = "1GB",
+    threads: Annotated[int | None, typer.Option(help="Of a process; default: all cores.", min=1)] = None,
+    processes: Annotated[int, typer.Option(help="That share the merge.", min=1)] = 1,
+    json: Json = False,
+) -> None:
+    """Show what a run would do, and what it costs: here, or on the disks and cores you name."""
+    from dataclasses import replace
 
-    _print_plan(verbs.plan(recipe, overrides or ()), json)
+    from spolia.runs import verbs
+    from spolia.runs.cost import Machine
+    from spolia.runs.sizes import size_option
+
+    rates = {"read_rate": size_option("--read-rate", read_rate)} if read_rate is not None else {}
+    rates["write_rate"] = size_option("--write-rate", write_rate)
+    machine = replace(Machine.here(threads), processes=processes, **rates)
+    _print_plan(verbs.plan(recipe, overrides or (), machine=machine), json)
 
 
 @app.command()
@@ -151,6 +166,9 @@ def merge(
     chunk_memory: Annotated[str, typer.Option(help="Most memory for tensors in flight.")] = "1GB",
     threads: Annotated[int | None, typer.Option(help="Default: all cores.", min=1)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that stands in OUT.")] = False,
+    share: Annotated[
+        bool, typer.Option("--share", help="Give the same command several times, here or on machines that see OUT.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Instead of the recipe's.", min=0)] = None,
     dry_run: DryRun = False,
     quiet: Quiet = False,
@@ -167,6 +185,7 @@ def merge(
         chunk_memory=size_option("--chunk-memory", chunk_memory),
         threads=threads,
         overwrite=overwrite,
+        share=share,
         seed=seed,
         dry_run=dry_run,
         progress=progress.choose(quiet, json),
@@ -196,7 +215,7 @@ def inspect(
         )
     seen = inspection.inspect(base, experts, threads=threads).to_dict()
     if html is not None:
-        from spolia.report.inspection import render
+        from spolia.reports.inspection import render
         from spolia.runs.environment import environment
         from spolia.runs.store import write_whole
 
@@ -232,11 +251,11 @@ def report(
     if json:
         _print_run(run, quiet=False, json=True)
     elif to == "html":
-        from spolia.report.html import write_report
+        from spolia.reports.html import write_report
 
         print(write_report(run))
     else:
-        from spolia.report import tables
+        from spolia.reports import tables
 
         print(tables.render(run, to=to, width=_width()))
 
@@ -281,7 +300,7 @@ def _print_run(folder: Path, quiet: bool, json: bool) -> None:
             )
         )
     elif not quiet:
-        from spolia.report import tables
+        from spolia.reports import tables
 
         if results.exists():
             print(tables.render(folder, to="text", width=_width()))

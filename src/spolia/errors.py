@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+_MOST = 40  # problems whose text is shown; `problems` holds all
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -19,10 +21,18 @@ class Problem:
     mend: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.where}: {self.what}" if self.where else self.what]
-        if self.mend:
-            lines.append(f"  mend: {self.mend}")
+        where, what, mend = _printable(self.where, ""), _printable(self.what), _printable(self.mend)
+        lines = [f"{where}: {what}" if where else what]
+        if mend:
+            lines.append(f"  mend: {mend}")
         return "\n".join(lines)
+
+
+def _printable(text: str, kept: str = "\n") -> str:
+    """Names come from files: what would steer a terminal, or cannot be encoded, is spelt out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 class SpoliaError(Exception):
@@ -32,7 +42,9 @@ class SpoliaError(Exception):
 
     def __init__(self, what: str = "", *, where: str = "", mend: str = "", problems: Iterable[Problem] = ()):
         self.problems = list(problems) or [Problem(where, what, mend)]
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        more = len(self.problems) - _MOST
+        told = [str(problem) for problem in self.problems[:_MOST]]
+        super().__init__("\n".join([*told, f"and {more} more"] if more > 0 else told))
 
 
 class SpoliaWarning(UserWarning):

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import spolia
-from spolia.core import layout as module
+from spolia.core import staging as module
 from spolia.core.checkpoint import DTYPES, read_tensors, write_checkpoint
-from spolia.core.layout import LOG, Layout, Slot, Staging
+from spolia.core.layout import Layout, Slot
+from spolia.core.staging import LOG, Staging
 from spolia.errors import SpoliaError
 
 F32 = DTYPES["F32"]
@@ -90,7 +91,7 @@ def test_nothing_at_the_target_until_finish(tmp_path: Path) -> None:
 
 def test_two_writers(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from spolia.core.layout import *; from spolia.errors import SpoliaError\n"
+        "import sys, pathlib; from spolia.core.staging import *; from spolia.errors import SpoliaError\n"
         "try: Staging(pathlib.Path(sys.argv[1]), Layout.of([], 99), 'other').__enter__()\n"
         "except SpoliaError as error: print(error)"
     )

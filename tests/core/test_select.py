@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spolia.core.checkpoint import DTYPES
-from spolia.core.select import SAMPLE, Cut, cuts, cuts_of, ranks_in_rows
-from spolia.core.stream import Stack, TensorPlane
+from spolia.core.select import SAMPLE, Cut, cut_of_nonzero, cuts, cuts_of, ranks_in_rows
+from spolia.core.stream import Plane, Stack, TensorPlane
 
 WIDTHS = {torch.float32: 32, torch.float64: 64}
 
@@ -114,6 +114,9 @@ def large(kind: str, seed: int) -> torch.Tensor:
     values = torch.randn(n, generator=noise)
     if kind == "ties":
         values = (values * 4).round()
+    elif kind == "bf16":  # changes of a bf16 model: the commonest magnitudes are several per cent of all each
+        start = torch.randn(n, generator=noise) * 0.02
+        values = (start + values * 3e-4).bfloat16().float() - start.bfloat16().float()
     elif kind == "sorted":
         values = values.sort().values
     elif kind == "one place":  # the sample sees none of it
@@ -124,13 +127,37 @@ def large(kind: str, seed: int) -> torch.Tensor:
     return values
 
 
-@pytest.mark.parametrize("kind", ["noise", "ties", "sorted", "one place", "constant"])
+@pytest.mark.parametrize("kind", ["noise", "ties", "bf16", "sorted", "one place", "constant"])
 @pytest.mark.parametrize("dtype", ["F32", "F64"])
 def test_sampled_cuts_are_the_histograms(kind: str, dtype: str) -> None:
-    deltas = torch.stack([large(kind, seed) for seed in (0, 1)]).to(torch.float64 if dtype == "F64" else torch.float32)
-    n = deltas.shape[1]
-    planes = [TensorPlane("m", DTYPES[dtype], row) for row in deltas]
-    stack = Stack("w", (n,), TensorPlane("base", DTYPES[dtype], torch.zeros_like(deltas[0])), planes, [0, 1], 0, (0, n))
+    stack = stack_of(torch.stack([large(kind, seed) for seed in (0, 1)]), dtype)
+    n = stack.numel
     ranks = [[n // 5, 50], [n, 1, n // 2]]
     assert stack.sample(SAMPLE) is not None
     assert cuts_of(stack, ranks) == cuts(stack.sweep, ranks, stack.dtype)
+
+
+@pytest.mark.parametrize("kind", ["noise", "ties", "bf16"])
+def test_ties_do_not_cost_another_sweep(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = stack_of(torch.stack([large(kind, seed) for seed in (0, 1)]))
+    monkeypatch.setattr(stack, "sweep", None)  # the histograms, where the sample's brackets do not decide
+    assert all(cut.quota <= cut.ties for row in cuts_of(stack, [[stack.numel // 5], [stack.numel // 3]]) for cut in row)
+
+
+@pytest.mark.parametrize("kind", ["noise", "ties", "bf16", "sorted", "one place", "constant", "small"])
+def test_a_share_of_what_is_not_zero(kind: str) -> None:
+    deltas = torch.stack([large(kind if kind != "small" else "ties", seed) for seed in (0, 1)])
+    deltas = deltas[:, :1000] if kind == "small" else deltas
+    largest = deltas.abs().amax(0)
+    rank = int(0.3 * int(largest.count_nonzero()))
+    found = cut_of_nonzero(stack_of(deltas), lambda changes: changes.abs().amax(0), 0.3)
+    assert found == by_sorting(largest, rank)
+    assert cut_of_nonzero(stack_of(deltas), lambda changes: changes.amax(0) * 0, 0.3) is None
+
+
+def stack_of(deltas: torch.Tensor, dtype: str = "F32") -> Stack:
+    """Task vectors [experts, n] as a stack whose base is zero."""
+    rows, n = deltas.to(torch.float64 if dtype == "F64" else torch.float32), deltas.shape[1]
+    planes: list[Plane] = [TensorPlane("m", DTYPES[dtype], row) for row in rows]
+    base = TensorPlane("base", DTYPES[dtype], torch.zeros_like(rows[0]))
+    return Stack("w", (n,), base, planes, list(range(len(planes))), 0, (0, n))

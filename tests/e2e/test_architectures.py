@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import spolia
-from spolia.catalog import METHODS, find
+from spolia.catalog import data_free, find
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,7 @@ class Case(NamedTuple):
 def cases() -> list[Case]:
     """One case a method, two where the base is optional."""
     found = []
-    for method in (m for m in METHODS if m.family == "merge"):
+    for method in data_free():
         kind = method.settings_class()
         for base in {"required": [True], "unused": [False], "optional": [False, True]}[kind.base]:
             most = min(3, kind.experts[1] or 3)

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import spolia
-from spolia.catalog import METHODS, Method
+from spolia.catalog import Method, data_free
 from spolia.errors import SpoliaError
 
 State = dict[str, torch.Tensor]
 Given = dict[str, Any]
-MERGES = {m.name: m for m in METHODS if m.family == "merge"}
+MERGES = {m.name: m for m in data_free()}
 RANDOM = {name for name in MERGES if name.startswith(("dare", "della"))}
 KEEP_ALL: dict[str, Given] = {  # settings in which nothing is dropped and one expert is its own merge
     "task_arithmetic": {"scale": 1.0},
@@ -27,6 +27,8 @@ KEEP_ALL: dict[str, Given] = {  # settings in which nothing is dropped and one e
     "magmax": {"scale": 1.0},
     "consensus_ta": {"active": 0, "scale": 1.0},
     "wudi": {"solver": "exact"},
+    "knots": {"density": 1.0, "scale": 1.0},
+    "awd": {"scale": 1.0},
     **{name: {"density": 1.0, "scale": 1.0} for name in ("breadcrumbs", "breadcrumbs_ties", *RANDOM)},
 }
 NO_IDENTITY = {"arcee_fusion", "iso_c", "iso_cts", "pcb"}  # one expert is not its own merge under any settings
@@ -34,6 +36,7 @@ NO_IDENTITY = {"arcee_fusion", "iso_c", "iso_cts", "pcb"}  # one expert is not i
 ALWAYS: dict[str, Given] = {
     **{name: {"precision": "float64"} for name in ("tsv", "iso_c", "iso_cts")},
     "wudi": {"precision": "float64", "steps": 3},
+    "awd": {"steps": 3},
 }
 NUMBERS = {"layer.10.w": (4, 6), "layer.2.w": (6, 3), "norm.weight": (5,), "scalar": (), "none": (0, 2)}
 # fp32's last digit a few times over, at numbers of size 1

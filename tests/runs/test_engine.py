@@ -48,6 +48,12 @@ def test_the_baselines_are_those_the_recipe_is_not(tmp_path):
     }  # fmt: skip
 
 
+def test_masks_are_judged_with_the_task_known_beside_the_one_model(tmp_path):
+    entries = study_of(load_recipe(recipe(tmp_path, "{name: tall_masks, threshold: 0.2}"))).entries
+    found = [(e.label, e.baseline, e.known, e.settings.get("threshold")) for e in entries if e.method == "tall_masks"]
+    assert found == [("tall_masks, task known", True, True, 0.2), ("tall_masks", False, False, 0.2)]
+
+
 def test_plan_of_a_digits_recipe_says_what_touches_data(tmp_path):
     plan = plan_recipe(load_recipe(recipe(tmp_path, more="seed: 4\nseeds: 3\n")))
     assert plan.seeds == [4, 5, 6]

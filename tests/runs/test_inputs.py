@@ -176,16 +176,17 @@ def test_a_folder_that_stopped_goes_on_only_with_the_same_adapter(
     pools: Any, tmp_path: Path, write_adapter: Write
 ) -> None:
     """The rank and alpha are part of what is made: another alpha gives another key."""
+    from spolia.catalog import find
+    from spolia.runs.asked import check_settings, request_from
     from spolia.runs.merging import key_of, prepare
-    from spolia.runs.verbs import _request, check_settings, find
 
     base, (one, two), _ = pools
     method = find("average", "method")
     settings = check_settings(method, None, 2)
-    first = key_of(prepare(_request([one, two], base, method, settings, None, 0)))
-    assert first == key_of(prepare(_request([one, two], base, method, settings, None, 0)))
+    first = key_of(prepare(request_from([one, two], base, method, settings, None, 0)))
+    assert first == key_of(prepare(request_from([one, two], base, method, settings, None, 0)))
     write_adapter(tmp_path / "one", factors(10), lora_alpha=5)
-    assert first != key_of(prepare(_request([one, two], base, method, settings, None, 0)))
+    assert first != key_of(prepare(request_from([one, two], base, method, settings, None, 0)))
 
 
 # adapters among themselves

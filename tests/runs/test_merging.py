@@ -28,6 +28,7 @@ METHODS = [
     ("average", {"weight": (1.0, 2.0, 0.5)}), ("task_arithmetic", {}), ("slerp", {"t": 0.3}), ("ties", {}),
     ("ties", {"at_threshold": "exact", "density": (0.2, 0.5, 1.0)}), ("ties", {"scope": "tensor", "rescale": "l1"}),
     ("dare", {}), ("dare_ties", {"zero_sign": "majority"}), ("dare", {"rescale": "l1"}), ("della", {}), ("breadcrumbs", {}),
+    *(("awd", {"granularity": granularity, "steps": 20}) for granularity in ("global", "tensor", "row")),
 ]  # fmt: skip
 
 

@@ -41,3 +41,15 @@ def test_heads_are_apart_and_named():
 
 def test_config_names_the_model():
     assert build(0).config() == {"model_type": "spolia_mlp", "width": 16, "depth": 2}
+
+
+def test_the_state_after_every_block_can_be_hooked():
+    encoder, seen = build(0), []
+    assert [name for name in encoder.state_dict() if name.startswith("blocks")] == [], "places, no weights"
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda _module, _inputs, state: seen.append(state) or 2 * state)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    made = encoder(x)
+    assert torch.equal(made, 2 * seen[1])
+    first = x + torch.nn.functional.gelu(encoder.norms[0](encoder.layers[0](x)))
+    assert torch.equal(seen[0], first)

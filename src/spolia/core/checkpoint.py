@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spolia.core.files import open_regular, read_json, unreadable
 from spolia.core.folders import find_weights
 from spolia.core.lazy import torch
 from spolia.errors import Problems, SpoliaError
@@ -75,8 +76,11 @@ def natural(name: str) -> tuple[Any, ...]:
     return tuple((0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part)
 
 
-def read_header(file: Path) -> tuple[dict[str, TensorInfo], str]:
-    """Every tensor of one safetensors file, and a digest of its header. Raises SpoliaError naming file and cure."""
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], str, os.stat_result]:
+    """Every tensor of one safetensors file, a digest of its header, and what the file was when that was read.
+
+    Raises SpoliaError naming file and cure.
+    """
 
     def bad(what: str) -> SpoliaError:
         return SpoliaError(
@@ -84,9 +88,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], str]:
         )
 
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            first = stream.read(8)
+        with open(open_regular(file), "rb") as stream:
+            stat = os.fstat(stream.fileno())
+            size, first = stat.st_size, stream.read(8)
             if len(first) < 8:
                 raise bad(f"only {size} bytes, too short for a safetensors header")
             length = int.from_bytes(first, "little")
@@ -94,9 +98,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], str]:
                 raise bad(f"header claims {length} bytes in a file of {size}")
             raw = stream.read(length)
     except OSError as error:
-        raise SpoliaError(
-            f"cannot be read: {error.strerror}", where=str(file), mend="check path and permissions"
-        ) from None
+        raise unreadable(error, file, "its header") from None
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
         if not isinstance(header, dict):
@@ -119,7 +121,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], str]:
         end = info.stop
     if end != size:
         raise bad(f"{size} bytes, but the header describes {end}: truncated or padded")
-    return tensors, hashlib.sha256(raw).hexdigest()
+    return tensors, hashlib.sha256(raw).hexdigest(), stat
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -163,6 +165,7 @@ class Checkpoint:
     fingerprint: list[tuple[str, int, int, str]] = field(default_factory=list)  # file, bytes, mtime, header digest
     unlisted: list[str] = field(default_factory=list)  # tensors that lie in a shard but not in the index
     notes: list[str] = field(default_factory=list)  # choices made while opening that the user should know
+    inodes: dict[str, int] = field(default_factory=dict)  # of the files, by name; a copy has others
 
     @property
     def files(self) -> list[Path]:
@@ -186,15 +189,15 @@ class Checkpoint:
         weights = find_weights(path)
         files, weight_map = weights.files, weights.weight_map
         problems, found, prints = Problems(), {}, []
-        unlisted: list[str] = []
+        unlisted, inodes = list[str](), dict[str, int]()
         for file in files:
             try:
-                tensors, digest = read_header(file)
-                stat = file.stat()
+                tensors, digest, stat = read_header(file)
             except SpoliaError as error:
                 problems.errors.extend(error.problems)
                 continue
             prints.append((file.name, stat.st_size, stat.st_mtime_ns, digest))
+            inodes[file.name] = stat.st_ino
             for name, info in tensors.items():
                 if weight_map is not None and weight_map.get(name) != file.name:
                     unlisted.append(name)
@@ -214,27 +217,16 @@ class Checkpoint:
         if not found:
             raise SpoliaError("holds no tensors", where=str(path), mend="point to a folder with *.safetensors")
         config = read_config(path)
-        return cls(
-            path,
-            dict(sorted(found.items(), key=lambda item: natural(item[0]))),
-            config,
-            prints,
-            unlisted,
-            weights.notes,
-        )
+        ordered = dict(sorted(found.items(), key=lambda item: natural(item[0])))
+        return cls(path, ordered, config, prints, unlisted, weights.notes, inodes)
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
     """The config.json in the folder `path`, or beside the file `path`; None when there is none."""
     file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpoliaError(
-            f"is not valid JSON: {error}", where=str(file), mend="restore the model's config.json"
-        ) from None
+    config = read_json(file, "restore the model's config.json")
     if not isinstance(config, dict):
         raise SpoliaError("is no mapping", where=str(file), mend="restore the model's config.json")
     return config
@@ -248,18 +240,28 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def iterate_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Tensors one at a time, each in its own memory."""
     for info in checkpoint.tensors.values():
-        with info.file.open("rb", buffering=0) as stream:
-            stream.seek(info.start)
-            raw = bytearray(info.nbytes)
-            view = memoryview(raw)
-            while view:  # one read gives 2 GB at most
-                got = stream.readinto(view)
-                if not got:
-                    raise SpoliaError("ends early", where=str(info.file), mend="download or save it again")
-                view = view[got:]
+        fd, raw = open_regular(info.file), bytearray(info.nbytes)
+        try:
+            read_into(fd, info, 0, memoryview(raw))
+        finally:
+            os.close(fd)
         dtype = getattr(torch, info.dtype.torch_name)
         tensor = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
         yield info.name, tensor.reshape(info.shape)
+
+
+def read_into(fd: int, info: TensorInfo, start: int, view: memoryview) -> None:
+    """Fill `view` with the bytes of a tensor from byte `start` of it on. SpoliaError names file and tensor."""
+    at = info.start + start
+    while view:  # one read gives 2 GB at most
+        try:
+            got = os.preadv(fd, [view], at)
+        except OSError as error:
+            raise unreadable(error, info.file, f"tensor `{info.name}`") from None
+        if got <= 0:
+            what = f"ends inside tensor `{info.name}`"
+            raise SpoliaError(what, where=str(info.file), mend="the file shrank: restore it")
+        view, at = view[got:], at + got
 
 
 def storage(tensor: Tensor) -> Dtype:
@@ -277,7 +279,8 @@ def write_checkpoint(
     max_shard_size: int = 5_000_000_000,
 ) -> Path:
     """Save tensors as a model folder, whole or not at all. `max_shard_size` in bytes."""
-    from spolia.core.layout import Layout, Slot, Staging
+    from spolia.core.layout import Layout, Slot
+    from spolia.core.staging import Staging
 
     layout = Layout.of([Slot(name, storage(t), tuple(t.shape)) for name, t in tensors.items()], max_shard_size)
     with Staging(Path(folder), layout, key="") as staging:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from spolia.core.files import is_folder, read_json, shown, unreadable
 from spolia.errors import Problems, SpoliaError
 
 _CONVERT = "save it as safetensors first (transformers: `model.save_pretrained(DIR)`)"
 _VARIANT = re.compile(r"^(?P<model>.+)\.(?P<variant>fp32|bf16|fp16)$")  # of a stem: model.fp16
+_SHARD = re.compile(r"^(?P<model>.+)-(?P<number>\d{1,9})-of-(?P<of>\d{1,9})(?P<rest>\..+)$", re.ASCII)
+_AGAIN = "save or download the model again"
 _WIDEST = ("fp32", "bf16", "fp16")
 
 
@@ -25,17 +28,23 @@ class Found:
 
 def find_weights(path: Path) -> Found:
     """The safetensors files at `path`. SpoliaError when there are none, or more than one model among them."""
-    if _is_file(path):
+    if os.path.isfile(path):
         if path.suffix != ".safetensors":
             raise SpoliaError("is not a safetensors file", where=str(path), mend=_CONVERT)
+        check_complete([path])
         return Found([path])
-    if not _is_dir(path):
+    if not is_folder(path):
         raise SpoliaError(
-            "no such folder or file",
-            where=str(path),
+            "is no regular file" if os.path.exists(path) else "no such folder or file",
+            where=shown(path),
             mend="check the path; download a hub model into a folder first (`hf download OWNER/NAME --local-dir DIR`)",
         )
-    files = sorted(f for f in path.glob("*.safetensors") if not f.name.startswith("adapter_model"))
+    try:
+        files = sorted(
+            f for f in path.iterdir() if f.suffix == ".safetensors" and not f.name.startswith("adapter_model")
+        )
+    except OSError as error:
+        raise unreadable(error, path) from None
     own = [f for f in files if not f.name.startswith("consolidated")]
     files = own or files  # `consolidated` is the same model once more, under its authors' names
     whole = path / "model.safetensors"
@@ -45,7 +54,9 @@ def find_weights(path: Path) -> Found:
     if indexes:
         return _by_index(path, indexes)
     if files:
-        return _by_variant(path, files)
+        found = _by_variant(path, files)
+        check_complete(found.files)
+        return found
     if (path / "adapter_config.json").exists() or any(path.glob("adapter_model.*")):
         raise SpoliaError(
             "holds a LoRA adapter, not a whole model", where=str(path), mend="name its base too: `BASE+ADAPTER`"
@@ -97,16 +108,18 @@ def _by_variant(path: Path, files: list[Path]) -> Found:
 def indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
     """The shards an index names, all of them there and beside it, and its map from tensor to shard."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = read_json(index, _AGAIN)["weight_map"]
         if not all(isinstance(v, str) for v in weight_map.values()):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SpoliaError("is no valid index", where=str(index), mend="save or download the model again") from None
+    except (KeyError, TypeError, AttributeError):
+        raise SpoliaError("is no valid index", where=str(index), mend=_AGAIN) from None
     problems, files = Problems(), []
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or name in ("", ".", ".."):
-            problems.add(str(index), f"points outside its folder: {name!r}", "only plain file names may stand there")
-        elif not _is_file(index.parent / name):
+            problems.add(
+                str(index), f"points outside its folder: {name[:200]!r}", "only plain file names may stand there"
+            )
+        elif not os.path.isfile(index.parent / name):
             problems.add(str(index), f"shard {name[:200]!r} is missing", "download the missing file")
         else:
             files.append(index.parent / name)
@@ -114,15 +127,17 @@ def indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
     return files, weight_map
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name the system cannot hold
-        return False
-
-
-def _is_dir(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
+def check_complete(files: list[Path]) -> None:
+    """SpoliaError when shards say `-00001-of-00003` and the others are not among `files`."""
+    problems, models = Problems(), dict[tuple[str, str, int], dict[int, Path]]()
+    for file in files:
+        if match := _SHARD.match(file.name):
+            model = (match["model"], match["rest"], int(match["of"]))
+            models.setdefault(model, {})[int(match["number"])] = file
+    for (*_, of), parts in models.items():
+        lost = next((number for number in range(1, of + 1) if number not in parts), None)
+        if lost is not None:
+            number, file = next(iter(parts.items()))
+            what = f"is part {number} of {of}, and part {lost} is not beside it"
+            problems.add(str(file), what, "download the missing parts, and name the folder that holds all of them")
+    problems.raise_if_any()

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from spolia.core import kept
+from spolia.core.files import unreadable
+from spolia.core.staging import disk_error
 from spolia.errors import SpoliaError
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
@@ -41,7 +43,8 @@ class Interrupted(KeyboardInterrupt):
 class Journal:
     """Reports and resumes loops. `folder` is a run folder: checkpoints/loops/ and metrics.jsonl are written there.
 
-    `save_every` is in seconds of wall time; 0 saves after every step.
+    `save_every` is in seconds of wall time; 0 saves after every step. Of several processes that make the same steps one
+    writes; the others `follow`: they resume from its checkpoints and leave no trace.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Journal:
         *,
         progress: Progress | None = None,
         save_every: float = 10.0,
+        follow: bool = False,
     ):
         self.folder = None if folder is None else Path(folder)
         self.seconds: dict[str, float] = {}  # wall time of each phase in this process
@@ -61,7 +65,8 @@ class Journal:
         self._label: str | None = None  # the running loop
         self._step: int | None = None
         self._numbers: dict[str, float] = {}
-        self._metrics = None if self.folder is None else _Metrics(self.folder / "metrics.jsonl")
+        self._follow = follow
+        self._metrics = None if self.folder is None or follow else _Metrics(self.folder / "metrics.jsonl")
 
     def request_stop(self) -> None:
         """Ask the running loop to finish its step, save, and raise Interrupted. Safe to call from a signal handler."""
@@ -124,7 +129,7 @@ class Journal:
                 if self._progress is not None:
                     self._progress(label, step + 1, n, self._numbers)
                 due = time.monotonic() - saved_at >= self._save_every
-                if loop is not None and (due or self.stop_requested or step + 1 == n):
+                if loop is not None and not self._follow and (due or self.stop_requested or step + 1 == n):
                     loop.save(step + 1)
                     saved_at = time.monotonic()
                 self._raise_if_stopped(label)
@@ -161,6 +166,8 @@ class _Loop:
                 state = kept.load(file)
             except kept.Damaged:
                 continue
+            if not isinstance(state, dict) or not {"n", "kinds", "done", "keep"} <= state.keys():
+                continue  # kept by something else
             self._check(state, file)
             for name, value in self.keep.items():
                 try:
@@ -198,7 +205,10 @@ class _Metrics:
 
     def __init__(self, file: Path):
         self.file = file
-        lines = file.read_bytes().split(b"\n") if file.exists() else []
+        try:
+            lines = file.read_bytes().split(b"\n") if file.exists() else []
+        except OSError as error:
+            raise unreadable(error, file) from None
         self._old = [entry for entry in map(_parse, lines) if entry is not None]  # what an earlier process left
         self._opened = False
         last = max((entry["time"] for entry in self._old if isinstance(entry.get("time"), int | float)), default=0.0)
@@ -212,8 +222,11 @@ class _Metrics:
             self._opened = True
         entry: dict[str, Any] = {"time": round(time.monotonic() - self._zero, 3), "phase": phase, "step": step}
         entry |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # strict JSON
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry, allow_nan=False) + "\n")
+        try:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry, allow_nan=False) + "\n")
+        except OSError as error:
+            raise disk_error(error, self.file) from None
 
     def forget(self, phase: str, first_step: int | None) -> None:
         """Drop an earlier process's lines of `phase` from `first_step` on; None drops those outside a loop."""
@@ -244,6 +257,6 @@ class _Metrics:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

@@ -55,10 +55,21 @@ def shared_basis(factors: Factors, floor: float = 0.0) -> SharedBasis:
     )
 
 
-def shared_basis_dense(changes: Sequence[Tensor], floor: float = 0.0) -> SharedBasis:
-    """The same of dense changes [out, in], by one SVD of the concatenation."""
-    wide = torch.cat([change.double() for change in changes], dim=1)
-    u, s, vt = torch.linalg.svd(wide, full_matrices=False)
+def shared_basis_dense(changes: Sequence[Tensor], floor: float = 0.0, dtype: torch.dtype | None = None) -> SharedBasis:
+    """The same of dense changes [out, in], in `dtype` (None: fp64).
+
+    A QR decomposition, some changes at a time, leaves a triangle with the left singular vectors and values of the
+    concatenation, which is never laid out itself.
+    """
+    kind = dtype or torch.float64
+    out, into = changes[0].shape
+    together = max(1, out // max(into, 1))
+    triangle = torch.empty(0, out, dtype=kind)  # R of [D_1 | .. | D_k]^T: [at most out, out]
+    for at in range(0, len(changes), together):
+        triangle = torch.cat([triangle, *(change.to(kind).t() for change in changes[at : at + together])])
+        if len(triangle) > out:
+            triangle = torch.linalg.qr(triangle, mode="r").R
+    u, s, _ = torch.linalg.svd(triangle.t(), full_matrices=False)
     kept = s > floor
-    scaled = s[kept].unsqueeze(1) * vt[kept]
-    return SharedBasis(u[:, kept], s[kept], list(scaled.split([change.shape[1] for change in changes], dim=1)))
+    basis = u[:, kept]
+    return SharedBasis(basis, s[kept], [basis.t() @ change.to(kind) for change in changes])

@@ -6,6 +6,7 @@ are mapped, not read; the older form of the file has to be read whole.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 import zipfile
@@ -13,7 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spolia.core.folders import indexed
+from spolia.core.checkpoint import BY_TORCH_NAME
+from spolia.core.files import is_folder, open_regular, unreadable
+from spolia.core.folders import check_complete, indexed
 from spolia.core.lazy import torch
 from spolia.errors import Problems, SpoliaError, SpoliaWarning
 
@@ -32,42 +35,51 @@ _SAFE = "save the weights alone (`torch.save(model.state_dict(), FILE)`, or as s
 
 def has_pickles(path: Path) -> bool:
     """Whether `path` is a pickled state dict by its name, or a folder with one."""
-    if path.is_dir():
-        return (path / _INDEX).is_file() or any(_candidates(path))
-    return path.is_file() and path.suffix in SUFFIXES
+    if is_folder(path):
+        return os.path.isfile(path / _INDEX) or any(_candidates(path))
+    return os.path.isfile(path) and path.suffix in SUFFIXES
 
 
 def _candidates(folder: Path) -> list[Path]:
-    found = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and f.is_file())
+    try:
+        found = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and os.path.isfile(f))
+    except OSError as error:
+        raise unreadable(error, folder) from None
     return [f for f in found if not _NOT_WEIGHTS.match(f.stem)]
 
 
 def weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files that hold the weights of `path`, and the index's map when there is one. Opens none of them."""
-    if path.is_file():
+    if os.path.isfile(path):
+        check_complete([path])
         return [path], None
     whole, files = path / "pytorch_model.bin", _candidates(path)
     if whole in files:
         return [whole], None
-    if (path / _INDEX).is_file():
+    if os.path.isfile(path / _INDEX):
         return indexed(path / _INDEX)
     shards = [f for f in files if f.name.startswith("pytorch_model")]
     if not shards and len(files) > 1:
         names = ", ".join(f.name for f in files[:5])
         raise SpoliaError(f"holds several state dicts: {names}", where=str(path), mend="name the one file you mean")
+    check_complete(shards or files)
     return shards or files, None
 
 
-def read_state_dict(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
-    """Every tensor of a pickled model by name, mapped where the files allow it; and the files.
+def read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[Path, os.stat_result]]:
+    """Every tensor of a pickled model by name, mapped where the files allow it; and its files as they were before.
 
     Raises SpoliaError for what is damaged, holds more than tensors, or names a tensor twice.
     """
     files, weight_map = weight_files(path)
-    problems, found, owner = Problems(), dict[str, Any](), dict[str, Path]()
+    problems, found, owner, stats = Problems(), dict[str, Any](), dict[str, Path](), dict[Path, os.stat_result]()
     for file in files:
         try:
+            stats[file] = file.stat()
             tensors = load(file)
+        except OSError as error:
+            problems.errors.extend(unreadable(error, file).problems)
+            continue
         except SpoliaError as error:
             problems.errors.extend(error.problems)
             continue
@@ -85,7 +97,7 @@ def read_state_dict(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
     problems.raise_if_any()
     if not found:
         raise SpoliaError("holds no tensors", where=str(path), mend="point to the weights of a model")
-    return found, files
+    return found, stats
 
 
 def load(file: Path) -> dict[str, Tensor]:
@@ -106,15 +118,15 @@ def load(file: Path) -> dict[str, Tensor]:
 def _is_archive(file: Path) -> bool:
     """Zip archives can be mapped. A compressed one is refused: torch writes none, and it may grow without bound."""
     try:
-        with file.open("rb") as stream:
+        with open(open_regular(file), "rb") as stream:
             if stream.read(4) != b"PK\x03\x04":
                 return False
         with zipfile.ZipFile(file) as archive:
             squeezed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+    except SpoliaError:
+        raise
     except OSError as error:
-        raise SpoliaError(
-            f"cannot be read: {error.strerror}", where=str(file), mend="check path and permissions"
-        ) from None
+        raise unreadable(error, file) from None
     except Exception:  # zipfile has no one error for a damaged archive
         raise SpoliaError("is cut short or damaged", where=str(file), mend="download or save the file again") from None
     if any("/code/" in name for name in squeezed):
@@ -157,6 +169,9 @@ def _state_dict(file: Path, value: Any) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             what = f"`{str(name)[:80]}` is a {type(tensor).__name__}, not a tensor"
             raise SpoliaError(what, where=str(file), mend="save `model.state_dict()` and nothing else")
+        if (kind := str(tensor.dtype).removeprefix("torch.")) not in BY_TORCH_NAME:
+            mend = "save it in a plain floating type, as float32"
+            raise SpoliaError(f"`{name}` holds {kind}, which cannot be merged", where=str(file), mend=mend)
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             kind = f"{tensor.device.type}, {tensor.layout}, {tensor.dtype}".replace("torch.", "")
             raise SpoliaError(

@@ -85,16 +85,50 @@ def cuts_of(stack: Stack, ranks: Sequence[Sequence[int]]) -> list[list[Cut]]:
     return [[cut for cut in wanted if cut is not None] for wanted in found]
 
 
+def cut_of_nonzero(stack: Stack, magnitudes: Callable[[Tensor], Tensor], share: float) -> Cut | None:
+    """The cut that leaves `share` of the `magnitudes` [n] of one tensor's task vectors that are not zero; None: nothing.
+
+    How many are not zero is counted in the sweep that collects those inside the sample's bracket.
+    """
+    sample, nonzero = stack.sample(SAMPLE), 0
+    seen = magnitudes(sample) if sample is not None else torch.zeros(1)
+    guess = max(1, round(share * stack.numel * int(seen.count_nonzero()) / len(seen)))
+    band = _Band.around(seen, guess, stack) if sample is not None else None
+    for block in stack.blocks():
+        found = magnitudes(block.deltas()).numpy()
+        nonzero += int(np.count_nonzero(found))
+        if band is not None:
+            band.take(found)
+    rank = int(share * nonzero + 1e-9)
+    if rank == 0:
+        return None
+    if band is not None:
+        band.rank = rank
+        if (cut := band.cut()) is not None:
+            return cut
+
+    def sweep(count: Count, totals: Tensor) -> None:
+        for block in stack.blocks():
+            count(magnitudes(block.deltas()).unsqueeze(0), totals)
+
+    return cuts(sweep, [[rank]], stack.dtype)[0][0]
+
+
 @dataclass
 class _Band:
-    """The magnitudes from `low` to `high`, collected, and the number of those above: what decides one rank."""
+    """Magnitudes between `low` and `high`, collected, and counts of those above and at either end: what decides a rank.
+
+    Where many elements share one magnitude, as changes of bf16 models do, it is mostly an end, and costs no room.
+    """
 
     rank: int
     low: float
     high: float
-    inside: np.ndarray  # room for them
+    inside: np.ndarray  # room for those strictly between
     filled: int = 0
     above: int = 0
+    at_high: int = 0
+    at_low: int = 0
 
     @classmethod
     def around(cls, sample: Tensor, rank: int, stack: Stack) -> _Band:
@@ -113,9 +147,14 @@ class _Band:
         )
 
     def take(self, magnitudes: np.ndarray) -> None:
-        over = magnitudes > self.high
-        self.above += int(np.count_nonzero(over))
-        more = magnitudes[(magnitudes >= self.low) ^ over]
+        above, from_high = magnitudes > self.high, magnitudes >= self.high
+        self.above += (larger := int(np.count_nonzero(above)))
+        self.at_high += int(np.count_nonzero(from_high)) - larger
+        if self.low == self.high:
+            return
+        over_low = magnitudes > self.low
+        self.at_low += int(np.count_nonzero(magnitudes >= self.low)) - int(np.count_nonzero(over_low))
+        more = magnitudes[over_low ^ from_high]
         stop = self.filled + len(more)
         if stop <= len(self.inside):
             self.inside[self.filled : stop] = more
@@ -124,13 +163,18 @@ class _Band:
     def cut(self) -> Cut | None:
         """The cut at the rank; None where the bracket missed it, or held more than there was room for."""
         left = self.rank - self.above
-        if not 0 < left <= self.filled <= len(self.inside):
+        if not 0 < left <= self.at_high + self.filled + self.at_low:
+            return None
+        if left <= self.at_high:
+            return Cut(self.high, left, self.at_high) if np.isfinite(self.high) else None
+        left -= self.at_high
+        if left > self.filled:
+            return Cut(self.low, left - self.filled, self.at_low)
+        if self.filled > len(self.inside):
             return None
         inside = self.inside[: self.filled]
         inside.partition(len(inside) - left)
         value = inside[len(inside) - left]
-        if not np.isfinite(value):
-            return None
         larger = int(np.count_nonzero(inside > value))
         return Cut(float(value), left - larger, int(np.count_nonzero(inside == value)))
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PerModel = float | tuple[float, ...]
 """One number for all experts, or one for each in the pool's order."""
 
 
+_LARGEST = 1e30  # of a factor: products and sums of a few stay within fp32
+
+
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown fields refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> Self:
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and abs(number) > _LARGEST:
+                    raise ValueError(f"{name}: {number:g} is more than the arithmetic can carry")
+        return self
 
 
 class MergeSettings(Settings):

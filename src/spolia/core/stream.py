@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from spolia.core.checkpoint import Dtype, TensorInfo
+from spolia.core.checkpoint import Dtype, TensorInfo, read_into
 from spolia.core.lazy import torch
 from spolia.core.seeds import TILE
 from spolia.errors import SpoliaError
@@ -72,25 +72,13 @@ class FilePlane:
         return self.info.dtype
 
     def read(self, start: int, stop: int, out: Tensor) -> None:
-        stored = getattr(torch, self.dtype.torch_name)
+        stored, at = getattr(torch, self.dtype.torch_name), start * self.dtype.size
         if stored == out.dtype:
-            self.read_bytes(start, memoryview(out.view(torch.uint8).numpy()))
+            read_into(self.fd, self.info, at, memoryview(out.view(torch.uint8).numpy()))
         else:
             raw = torch.empty(stop - start, dtype=stored)
-            self.read_bytes(start, memoryview(raw.view(torch.uint8).numpy()))
+            read_into(self.fd, self.info, at, memoryview(raw.view(torch.uint8).numpy()))
             out.copy_(raw)
-
-    def read_bytes(self, start: int, view: memoryview) -> None:
-        at = self.info.start + start * self.dtype.size
-        while view:
-            got = os.preadv(self.fd, [view], at)
-            if got <= 0:
-                raise SpoliaError(
-                    f"ends inside tensor `{self.info.name}`",
-                    where=str(self.info.file),
-                    mend="the file shrank: restore it",
-                )
-            view, at = view[got:], at + got
 
     def expect(self, start: int, stop: int) -> None:
         size = self.dtype.size

@@ -12,18 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spolia.core.files import is_folder, read_whole
 from spolia.errors import Problems, SpoliaError
 from spolia.parts.expert import FileWeights, PickledWeights, Weights
+from spolia.parts.patterns import BadPattern, Step, compile_patterns, first_fit
 
 CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 UNLOAD = "merge it into its base with peft (`model.merge_and_unload()`), save that, and name its folder"
+_LARGEST = 1e9  # alpha; real ones are below a thousand
 _DAMAGED = "save or download the adapter again"
 _PART = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.default)?(?P<leaf>\.weight|\.bias)?$"
@@ -70,11 +74,11 @@ class Adapter:
     @classmethod
     def open(cls, path: Path) -> Adapter:
         """Read config and headers. SpoliaError names what is missing, damaged or of another kind."""
-        if not path.is_dir():
+        if not is_folder(path):
             raise SpoliaError("no such adapter folder", where=str(path), mend=f"name the folder that holds {CONFIG}")
         config, digest = _read_config(path / CONFIG)
         _refuse_other_kinds(config, path / CONFIG)
-        file = next((path / name for name in _FILES if (path / name).is_file()), None)
+        file = next((path / name for name in _FILES if os.path.isfile(path / name)), None)
         if file is None:
             raise SpoliaError(f"holds no {_FILES[0]}", where=str(path), mend=_DAMAGED)
         weights = FileWeights.open(file) if file.suffix == ".safetensors" else PickledWeights(file)
@@ -111,8 +115,9 @@ class Adapter:
                 problems.add(f"{file} {name}", "belongs to no kind of adapter that is read", UNLOAD)
             else:
                 self.replaced[_plain(re.sub(r"\.modules_to_save(\.default)?\.", ".", plain))] = name
+        ranks, alphas = (self._values(field, halves) for field in ("r", "lora_alpha"))
         for module, half in halves.items():
-            self._pair(module, half, file, problems)
+            self._pair(module, half, ranks[module], alphas[module], file, problems)
         for bias in self.biases:
             if bias.removesuffix(".bias") not in self.pairs and not problems.errors:
                 problems.add(f"{file} {self.biases[bias]}", "is the bias of a module without factors", _DAMAGED)
@@ -120,7 +125,15 @@ class Adapter:
         if not self.pairs and not self.replaced:
             raise SpoliaError("holds no tensors", where=str(file), mend=_DAMAGED)
 
-    def _pair(self, module: str, half: Mapping[str, str], file: Path, problems: Problems) -> None:
+    def _values(self, field: str, modules: Collection[str]) -> dict[str, Any]:
+        """`r` or `lora_alpha` of every module: what the first pattern that fits says, else the config."""
+        named = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[field]
+        patterns = _patterns(self.config, named, modules, self.path / CONFIG)
+        return {module: first_fit(patterns, module, self.config.get(field)) for module in modules}
+
+    def _pair(
+        self, module: str, half: Mapping[str, str], rank: Any, alpha: Any, file: Path, problems: Problems
+    ) -> None:
         kinds = [("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")]
         found = next((kind for kind in kinds if set(half) == set(kind)), None)
         if found is None:
@@ -128,14 +141,10 @@ class Adapter:
             return
         a, b = half[found[0]], half[found[1]]
         ranks = (self.weights.entries[a].shape[:1], self.weights.entries[b].shape[1:2])
-        rank = pattern_value(self.config.get("rank_pattern"), module, self.config.get("r"), "rank_pattern", file)
-        alpha = pattern_value(
-            self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"), "alpha_pattern", file
-        )
         if type(rank) is not int or rank < 1:
-            problems.add(str(self.path / CONFIG), f"the rank `r` of `{module}` is {rank!r}", "restore the config")
-        elif isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            problems.add(str(self.path / CONFIG), f"`lora_alpha` of `{module}` is {alpha!r}", "restore the config")
+            problems.add(str(self.path / CONFIG), f"the rank `r` of `{module}` is {rank!r:.40}", "restore the config")
+        elif isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST:
+            problems.add(str(self.path / CONFIG), f"`lora_alpha` of `{module}` is {alpha!r:.40}", "restore the config")
         elif ranks != ((rank,), (rank,)):
             shapes = f"{list(self.weights.entries[a].shape)} and {list(self.weights.entries[b].shape)}"
             what = f"`{a}` and `{b}` are {shapes}, but the config says rank {rank}"
@@ -150,7 +159,7 @@ class Adapter:
 def is_adapter(path: Path) -> bool:
     """Whether `path` is a folder with an adapter and no whole model."""
     try:
-        if not path.is_dir() or not any((path / name).is_file() for name in (CONFIG, *_FILES)):
+        if not is_folder(path) or not any(os.path.isfile(path / name) for name in (CONFIG, *_FILES)):
             return False
         names = [f.name for f in path.iterdir()]
     except OSError:
@@ -159,23 +168,16 @@ def is_adapter(path: Path) -> bool:
     return all(n.startswith("adapter_model") for n in whole)
 
 
-def pattern_value(patterns: Any, module: str, default: Any, field: str, file: Path) -> Any:
-    """What `rank_pattern` or `alpha_pattern` sets for a module, else `default`."""
-    if patterns is not None and not isinstance(patterns, Mapping):
-        raise SpoliaError(f"`{field}` is no mapping", where=str(file.parent / CONFIG), mend="restore the config")
-    for key, value in (patterns or {}).items():
-        if module == key or module.endswith(f".{key}"):
-            return value
-        if re.search(r"\)[*+{]", key):  # may take for ever on a name made for it
-            what = f"the pattern {key[:80]!r} of `{field}` repeats a group"
-            raise SpoliaError(what, where=str(file.parent / CONFIG), mend="write the modules' names out")
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except (re.error, RecursionError, OverflowError):
-            what = f"the pattern {key[:80]!r} of `{field}` is no regular expression"
-            raise SpoliaError(what, where=str(file.parent / CONFIG), mend="write the modules' names out") from None
-    return default
+def _patterns(config: Mapping[str, Any], field: str, modules: Collection[str], file: Path) -> list[tuple[Step, Any]]:
+    """The patterns of `rank_pattern` or `alpha_pattern`. SpoliaError for what is no pattern or would take too long."""
+    patterns = config.get(field) or {}
+    if not isinstance(patterns, Mapping):
+        raise SpoliaError(f"`{field}` is no mapping", where=str(file), mend="restore the config")
+    try:
+        return compile_patterns(patterns, modules)
+    except BadPattern as error:
+        mend = "write few patterns, or the modules' names out"
+        raise SpoliaError(f"`{field}`: {error}", where=str(file), mend=mend) from None
 
 
 def _plain(name: str) -> str:
@@ -184,15 +186,12 @@ def _plain(name: str) -> str:
 
 
 def _read_config(file: Path) -> tuple[dict[str, Any], str]:
+    if not os.path.lexists(file):
+        mend = "copy it from where the adapter was saved"
+        raise SpoliaError("is missing: rank and alpha stand in it", where=str(file), mend=mend)
+    raw = read_whole(file)
     try:
-        raw = file.read_bytes()
         config = json.loads(raw)
-    except FileNotFoundError:
-        raise SpoliaError(
-            "is missing: rank and alpha stand in it", where=str(file), mend="copy it from where the adapter was saved"
-        ) from None
-    except OSError as error:
-        raise SpoliaError(f"cannot be read: {error.strerror}", where=str(file), mend="check its rights") from None
     except (ValueError, RecursionError) as error:
         raise SpoliaError(f"is not valid JSON: {error}", where=str(file), mend=_DAMAGED) from None
     if not isinstance(config, dict):

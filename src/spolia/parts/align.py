@@ -226,14 +226,21 @@ def _layers(a: Expert, b: Expert) -> str:
 
 
 def _same_architecture(models: list[Expert], problems: Problems) -> None:
-    def kind(model: Expert) -> Any:
+    """By type; where configs do not say it, by the first of their architectures."""
+    types: list[tuple[str, Any]] = []
+    architectures: list[tuple[str, Any]] = []
+    for model in models:
         config = model.weights.config or {}
-        return config.get("model_type") or (config.get("architectures") or [None])[0]
-
-    known = [(m.name, kind(m)) for m in models if kind(m) is not None]
-    for name, other in known[1:]:
-        if other != known[0][1]:
-            problems.add(name, f"is a {other} model, {known[0][0]} a {known[0][1]}", "merge models of one architecture")
+        listed = config.get("architectures")
+        if config.get("model_type"):
+            types.append((model.name, config["model_type"]))
+        elif isinstance(listed, list) and listed and listed[0] is not None:
+            architectures.append((model.name, listed[0]))
+    for known in (types, architectures):
+        for name, other in known[1:]:
+            if other != known[0][1]:
+                what = f"is a {str(other)[:60]} model, {known[0][0]} a {str(known[0][1])[:60]}"
+                problems.add(name, what, "merge models of one architecture")
 
 
 def _common_shape(

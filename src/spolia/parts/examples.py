@@ -5,6 +5,7 @@ Drawing is by place and by named randomness, so that a resumed run sees the batc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ class Examples:
     def __init__(self, inputs: Any, labels: Tensor | None = None, *, places: np.ndarray | None = None, name: str = ""):
         self.inputs, self.labels, self.name = inputs, labels, name
         self._places = np.arange(_count(inputs, name)) if places is None else places
+        self._latest: tuple[Any, Any] = (None, None)  # key and order of the latest epoch
         if labels is not None and len(labels) != _count(inputs, name):
             what = f"{len(labels)} labels for {_count(inputs, name)} inputs"
             raise SpoliaError(what, where=name or "examples", mend="give one label an input")
@@ -59,9 +61,16 @@ class Examples:
         count = min(count, total)
         start = step * count
         epochs = range(start // total, (start + count - 1) // total + 1)
-        orders = [generator(seed, "examples", self.name, epoch).permutation(total) for epoch in epochs]
+        orders = [self._order(seed, epoch) for epoch in epochs]
         low = start - epochs[0] * total
         return np.concatenate(orders)[low : low + count]
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        """All places in the order of an epoch; the last one is remembered, for its steps ask for it again and again."""
+        key = (seed, self.name, epoch)
+        if self._latest[0] != key:
+            self._latest = key, generator(seed, "examples", self.name, epoch).permutation(len(self))
+        return self._latest[1]
 
     def split(self, share: float, seed: int) -> tuple[Examples, Examples]:
         """The rest, and `share` of the examples (at least one, if share > 0), drawn at random."""
@@ -70,6 +79,10 @@ class Examples:
         parts = np.sort(order[held:]), np.sort(order[:held])
         rest, kept = (Examples(self.inputs, self.labels, places=self._places[p], name=self.name) for p in parts)
         return rest, kept
+
+    def prints(self) -> list[bytes]:
+        """A digest of every input; equal ones are equal bit for bit."""
+        return [hashlib.blake2b(_raw(self.batch([i])), digest_size=16).digest() for i in range(len(self))]
 
     def first(self, count: int | None) -> Examples:
         """The first `count` of them; all where it is None or larger."""
@@ -119,3 +132,11 @@ def _taken(inputs: Any, places: np.ndarray) -> Any:
         return tuple(_taken(part, places) for part in inputs)
     items = [inputs[int(place)] for place in places]
     return torch.utils.data.default_collate([item[0] if isinstance(item, tuple) else item for item in items])
+
+
+def _raw(batch: Any) -> bytes:
+    if isinstance(batch, Mapping):
+        return b"".join(_raw(batch[name]) for name in sorted(batch))
+    if isinstance(batch, tuple):
+        return b"".join(map(_raw, batch))
+    return batch.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

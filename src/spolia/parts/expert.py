@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spolia.core.checkpoint import Checkpoint, Dtype, read_config, storage
+from spolia.core.files import open_regular
 from spolia.core.pickled import read_state_dict
 from spolia.core.stream import FilePlane, Plane, TensorPlane
 from spolia.errors import Problems, SpoliaError
@@ -117,7 +118,7 @@ class FileWeights(Weights):
         try:
             for file in self._checkpoint.files:
                 check_unchanged(file, self._checkpoint)
-                self._fds[file] = os.open(file, os.O_RDONLY)
+                self._fds[file] = open_regular(file)
             self._unchanged()
             yield
             self._unchanged()
@@ -133,13 +134,13 @@ class FileWeights(Weights):
 
 def check_unchanged(file: Path, checkpoint: Checkpoint, fd: int | None = None) -> None:
     """SpoliaError when `file`, or what is open as `fd`, is not what it was when the checkpoint was opened."""
-    seen = {name: (size, mtime) for name, size, mtime, _ in checkpoint.fingerprint}
+    seen = {name: (size, mtime, checkpoint.inodes[name]) for name, size, mtime, _ in checkpoint.fingerprint}
     try:
         stats = [file.stat(), *([os.fstat(fd)] if fd is not None else [])]
     except OSError as error:
         what = f"cannot be read any more: {error.strerror}"
         raise SpoliaError(what, where=str(file), mend="restore it and run the command again") from None
-    if any((stat.st_size, stat.st_mtime_ns) != seen[file.name] for stat in stats):
+    if any((stat.st_size, stat.st_mtime_ns, stat.st_ino) != seen[file.name] for stat in stats):
         raise SpoliaError("changed while it was read", where=str(file), mend="run the command again")
 
 
@@ -147,14 +148,15 @@ class PickledWeights(MemoryWeights):
     """A pickled state dict on disk, mapped where its form allows: pages are fetched when they are read."""
 
     def __init__(self, path: Path):
-        tensors, self.files = read_state_dict(path)
+        tensors, stats = read_state_dict(path)
+        self.files = list(stats)
         super().__init__(tensors)
         self.config = read_config(path)
         names = json.dumps([[n, e.dtype.code, e.shape] for n, e in self.entries.items()])
         digest = hashlib.sha256(names.encode(errors="surrogatepass")).hexdigest()
-        stats = [(file.name, file.stat()) for file in self.files]
-        prints = [(name, stat.st_size, stat.st_mtime_ns, digest) for name, stat in stats]
-        self.checkpoint = Checkpoint(path, {}, self.config, prints)
+        prints = [(file.name, stat.st_size, stat.st_mtime_ns, digest) for file, stat in stats.items()]
+        inodes = {file.name: stat.st_ino for file, stat in stats.items()}
+        self.checkpoint = Checkpoint(path, {}, self.config, prints, inodes=inodes)
 
     def plane(self, name: str, model: str) -> Plane:
         self._unchanged()  # a mapped file that was cut must not be touched

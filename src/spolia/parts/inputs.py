@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from spolia.core.files import is_folder
 from spolia.core.pickled import has_pickles
 from spolia.errors import SpoliaError
 from spolia.parts.adapter import UNLOAD, Adapter, is_adapter
@@ -40,7 +41,7 @@ class Inputs:
 def open_plain(path: Path) -> Weights:
     """A whole model: safetensors where there are any, else a pickled state dict."""
     pickled = path.suffix != ".safetensors" and _exists(path) and has_pickles(path)
-    beside = path.glob("*.safetensors") if path.is_dir() else ()
+    beside = path.glob("*.safetensors") if pickled and is_folder(path) else ()
     if pickled and all(file.name.startswith(("adapter_model", "consolidated")) for file in beside):
         return PickledWeights(path)
     return FileWeights.open(path)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(.+?)\.(\d{1,4})\.(.+)")
 _STACKS = {"layers", "layer", "h", "block", "blocks", "resblocks"}
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _TEXT = ("text_config", "llm_config", "language_config")
@@ -39,7 +39,7 @@ class Layers:
             if prefix.rpartition(".")[2] in words:
                 self.depth[prefix] = max(self.depth.get(prefix, 0), int(number) + 1)
         for prefix in self.depth:
-            self.depth[prefix] = self._said(prefix, config) or self.depth[prefix]
+            self.depth[prefix] = min(self._said(prefix, config) or self.depth[prefix], self.depth[prefix])
 
     @property
     def count(self) -> int:
@@ -124,3 +124,27 @@ def _same(config: Mapping[str, Any] | None, stack: str, key: str, otherwise: lis
     found = count_place(config or {}, stack)
     value = found[0].get(key) if found else None
     return value if isinstance(value, list) else otherwise
+
+
+def grouped(names: list[str], granularity: str, named: Mapping[str, str]) -> tuple[list[int], list[str]]:
+    """The group of every tensor, as a place among the groups' names, which come second.
+
+    `granularity`: task (one group), tensor, module, or block (a layer of a stack; what is loose goes by its module).
+    `named` goes before it: regular expressions for whole names, and the group of what they match.
+    """
+    layers = Layers(names)
+
+    def group(name: str) -> str:
+        for pattern, called in named.items():
+            if re.fullmatch(pattern, name):
+                return called
+        if granularity == "task":
+            return "all"
+        place = layers.of(name) if granularity == "block" else None
+        if place is not None:
+            return f"{place[0]}.{place[1]}"
+        return name if granularity == "tensor" else name.rpartition(".")[0] or name
+
+    called = [group(name) for name in names]
+    order = {name: place for place, name in enumerate(dict.fromkeys(called))}
+    return [order[name] for name in called], list(order)

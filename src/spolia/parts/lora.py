@@ -76,7 +76,7 @@ class LoraWeights(Weights):
         if change.pair is None:
             return _Recast(model, entry.dtype, under)
         left, right = self._get(name, change)
-        return LoraPlane(model, entry.dtype, under, left, right, change.pair.scale)
+        return LoraPlane(model, entry.dtype, under, left, right, change.pair.scale, change.turned)
 
     def _get(self, name: str, change: Change) -> tuple[Tensor, Tensor]:
         """The factors of a tensor in fp64: left [rows, r], right [r, columns]."""
@@ -143,6 +143,7 @@ class LoraPlane:
     left: Tensor  # [rows, r]
     right: Tensor  # [r, columns]
     scale: float
+    turned: bool = False  # left @ right is the transpose of B A
     _start: int = 0  # the tile at hand
     _tile: Tensor | None = None
 

@@ -9,6 +9,8 @@ element in the highest bit, as numpy packs them; the factor as an fp64 tensor; s
 from __future__ import annotations
 
 import json
+import math
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +20,9 @@ from urllib.parse import quote
 
 from spolia.catalog import Method
 from spolia.core.checkpoint import Checkpoint
-from spolia.core.layout import allocate
 from spolia.core.lazy import np
 from spolia.core.settings import MergeSettings, setting
+from spolia.core.staging import allocate
 from spolia.core.stream import Block, Stack, in_parallel
 from spolia.errors import SpoliaError, did_you_mean
 from spolia.parts.merging import Merge, Part
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 FOLDER = "masks"
 FORMAT = "spolia mask 1"
 RESCALER = "spolia.rescaler"  # its name among the packed tensors
+_MOST_DIMENSIONS = 64  # of a tensor in torch
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -75,14 +78,18 @@ class Mask:
     @classmethod
     def of(cls, folder: Path, expert: str) -> Mask:
         """The mask of `expert` in a merged folder."""
-        file = file_of(folder, expert)
-        if not file.is_file():
+        file = file_of(folder, expert) if fits(expert) else folder
+        if not os.path.isfile(file):
             known = sorted(Mask.open(f).expert for f in (folder / FOLDER).glob("*.safetensors"))
             if not known:
                 cure = "merge with a method that makes them: emr, tall_masks"
                 raise SpoliaError("holds no masks", where=str(folder), mend=cure)
             raise SpoliaError(f"holds no mask of `{expert}`", where=str(folder), mend=did_you_mean(expert, known))
-        return cls.open(file)
+        mask = cls.open(file)
+        if mask.expert != expert:
+            cure = "give the file the name that it had, or merge again"
+            raise SpoliaError(f"is the mask of `{mask.expert}`, not of `{expert}`", where=str(file), mend=cure)
+        return mask
 
     @classmethod
     def open(cls, file: Path) -> Mask:
@@ -94,20 +101,34 @@ class Mask:
         try:
             if about["format"] != FORMAT:
                 raise ValueError
+            expert, method = about["expert"], about["method"]
             shapes = {name: tuple(shape) for name, shape in json.loads(about["shapes"]).items()}
             place = tensors.pop(RESCALER)
             rescaler = float(np.frombuffer(bytes(whole[place.start : place.stop]), "<f8")[0])
-            if {name: info.nbytes for name, info in tensors.items()} != {n: _bytes(s) for n, s in shapes.items()}:
+            sound = isinstance(expert, str) and fits(expert) and isinstance(method, str)
+            sound = sound and (place.dtype.code, place.nbytes) == ("F64", 8) and math.isfinite(rescaler)
+            sound = sound and all(type(n) is int and n >= 0 for shape in shapes.values() for n in shape)
+            sound = sound and all(len(shape) <= _MOST_DIMENSIONS for shape in shapes.values())
+            sound = sound and all(info.dtype.code == "U8" for info in tensors.values())
+            if not sound or {n: i.nbytes for n, i in tensors.items()} != {n: _bytes(s) for n, s in shapes.items()}:
                 raise ValueError
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError):
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
             raise SpoliaError("is no mask of ours", where=str(file), mend="merge again, or restore the file") from None
         rows = {name: whole[info.start : info.stop] for name, info in tensors.items()}
-        return cls(about["expert"], about["method"], shapes, rows, rescaler, f"{stat.st_size} {stat.st_mtime_ns}")
+        return cls(expert, method, shapes, rows, rescaler, f"{stat.st_size} {stat.st_mtime_ns}")
 
 
 def file_of(folder: Path, expert: str) -> Path:
     """Where the mask of `expert` lies in a merged folder."""
     return folder / FOLDER / f"{quote(expert, safe=' ')}.safetensors"
+
+
+def fits(expert: str) -> bool:
+    """Whether the expert's name can be that of a file."""
+    try:
+        return len(file_of(Path(), expert).name) <= 255
+    except UnicodeEncodeError:  # half of a pair of code units
+        return False
 
 
 def mask_bytes(shapes: Shapes, expert: str = "", method: str = "") -> int:

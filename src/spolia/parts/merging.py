@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spolia.core.checkpoint import Dtype
+from spolia.core.claims import Claims
 from spolia.core.lazy import torch
 from spolia.core.settings import MergeSettings, narrowed
 from spolia.core.stream import BLOCK, WIDE_BLOCK, Stack, Stopped, in_parallel, worker_bytes
 from spolia.errors import SpoliaError
 from spolia.parts.align import Aligned
 from spolia.parts.expert import ExpertPool
+from spolia.parts.surveyed import PART, WholeModel
+from spolia.parts.together import together, units_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PART = 32 * BLOCK  # elements of one unit of work where a tensor may be split
 SettingsFor = Callable[[str], MergeSettings]
 Rule = Callable[..., Iterator[tuple[Any, "Tensor"]]]
 
@@ -31,7 +33,9 @@ class Sink(Protocol):
         """Elements start: of tensor `name`, in their final type."""
         ...
 
-    def done(self, part: str) -> None: ...
+    def done(self, part: str) -> None:
+        """The thread has written all of `part`, and of what came before it since its last call."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,32 +85,52 @@ class Merge:
         """Threads that fit the memory. SpoliaError when not even one does."""
         return affordable_workers(self.tensors, len(self.pool.experts), self.threads, self.memory, self.settings_for)
 
-    def run(self, sink: Sink, done: Collection[str] = (), progress: Any = None) -> None:
-        """Merge every part not in `done`. Raises what the first failing worker raised."""
+    def run(self, sink: Sink, done: Collection[str] = (), progress: Any = None, claims: Claims | None = None) -> None:
+        """Merge every part not in `done`, or with `claims` those that no other process merges, until all are merged.
+
+        Raises what the first failing worker raised.
+        """
         torch.get_num_threads()  # load torch before the threads start
         parts = [part for part in self.parts() if part.key not in done]
         workers = self.workers()
-        found = None
+        survey = None
         if self.survey is not None and any(tensor.arithmetic for tensor in self.tensors):
-            found = self.survey(self.model(workers), self.settings_for(self.tensors[0].name))
+            survey = self.survey(self.model(workers, claims, progress), self.settings_for(self.tensors[0].name))
         counted = threading.Lock()
 
         def work(part: Part, stop: threading.Event) -> None:
-            tensor = self.tensors[part.index]
-            if tensor.arithmetic:
-                self._merge(part, found, sink, stop, workers)
+            if self.tensors[part.index].arithmetic:
+                self._merge(part, survey, sink, stop, workers)
             else:
                 self._copy(part, sink, stop)
+
+        def alone(part: Part, stop: threading.Event) -> None:
+            work(part, stop)
             sink.done(part.key)
             if progress is not None:
                 with counted:
-                    progress.advance((part.stop - part.start) * self.dtypes[tensor.name].size)
+                    progress.advance(self._bytes(part))
 
-        in_parallel(parts, work, min(workers, max(len(parts), 1)))
+        def shared(unit: list[Part], stop: threading.Event) -> None:
+            for part in unit:
+                work(part, stop)
+            sink.done(unit[0].key)
 
-    def model(self, workers: int) -> _Model:
-        """All its tensors, as a survey sees them."""
-        return _Model(self, workers)
+        def told(unit: list[Part], others: int) -> None:
+            if progress is not None:
+                progress.advance(sum(map(self._bytes, unit)), others=others)
+
+        if claims is None:
+            in_parallel(parts, alone, min(workers, max(len(parts), 1)))
+        else:
+            together(claims, "merge", units_of(parts, lambda p: p.stop - p.start), shared, workers, told)
+
+    def _bytes(self, part: Part) -> int:
+        return (part.stop - part.start) * self.dtypes[self.tensors[part.index].name].size
+
+    def model(self, workers: int, claims: Claims | None = None, progress: Any = None) -> WholeModel:
+        """All its tensors, as a survey sees them; with `claims` each sweep is shared with the other processes."""
+        return WholeModel(self, workers, claims, progress)
 
     def stack(self, tensor: Aligned, span: tuple[int, int], stop: threading.Event | None, workers: int = 1) -> Stack:
         models = self.pool.models
@@ -127,14 +151,14 @@ class Merge:
             stop,
         )
 
-    def _merge(self, part: Part, found: Any, sink: Sink, stop: threading.Event, workers: int) -> None:
+    def _merge(self, part: Part, survey: Any, sink: Sink, stop: threading.Event, workers: int) -> None:
         tensor = self.tensors[part.index]
         stack = self.stack(tensor, (part.start, part.stop), stop, workers)
         final = getattr(torch, self.dtypes[tensor.name].torch_name)
         settings = self.settings(tensor)
         if settings.elementwise:
             stack.block = WIDE_BLOCK
-        merged = self.rule(stack, settings) if self.survey is None else self.rule(stack, settings, found)
+        merged = self.rule(stack, settings) if self.survey is None else self.rule(stack, settings, survey)
         for block, values in merged:
             cast = values if values.dtype == final else values.to(final)
             if not self.allow_nonfinite and not bool(torch.isfinite(cast.sum(dtype=torch.float32))):
@@ -208,50 +232,6 @@ def bytes_needed(tensors: Sequence[Aligned], experts: int, settings_for: Setting
         if size > need:
             need, largest = size, tensor.name
     return need, largest
-
-
-class _Model:
-    """All tensors, as a survey sees them. An expert that lacks a tensor counts as unchanged there."""
-
-    def __init__(self, merge: Merge, workers: int):
-        self._merge, self._workers = merge, workers
-        self._tensors = [t for t in merge.tensors if t.arithmetic]
-        self.sizes = [sum(t.numel for t in self._tensors)] * len(merge.pool.experts)
-
-    def dtype(self) -> torch.dtype:
-        wide = any(self._merge.stack(t, (0, 0), None).dtype == torch.float64 for t in self._tensors)
-        return torch.float64 if wide else torch.float32
-
-    def sweep(self, count: Callable[[Tensor, Tensor], None], totals: Tensor) -> None:
-        lock, dtype, experts = threading.Lock(), self.dtype(), len(self.sizes)
-
-        def work(job: tuple[Aligned, int], stop: threading.Event) -> None:
-            tensor, start = job
-            stack = self._merge.stack(tensor, (start, min(start + PART, tensor.numel)), stop)
-
-            def padded(deltas: Tensor, own: Tensor) -> None:
-                if stack.places == list(range(experts)) and deltas.dtype == dtype:
-                    return count(deltas, own)
-                full = torch.zeros(experts, deltas.shape[1], dtype=dtype)
-                full[stack.places] = deltas.to(dtype)
-                return count(full, own)
-
-            own = torch.zeros_like(totals)
-            stack.sweep(padded, own)
-            with lock:
-                totals.add_(own)
-
-        jobs = [(t, start) for t in self._tensors for start in range(0, t.numel, PART)]
-        in_parallel(jobs, work, self._workers)
-
-    def each(self, function: Callable[[Stack], Any]) -> dict[str, Any]:
-        results: dict[str, Any] = {}
-
-        def work(tensor: Aligned, stop: threading.Event) -> None:
-            results[tensor.name] = function(self._merge.stack(tensor, (0, tensor.numel), stop))
-
-        in_parallel(sorted(self._tensors, key=lambda t: -t.numel), work, self._workers)
-        return {tensor.name: results[tensor.name] for tensor in self._tensors}
 
 
 @dataclass

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Outputs = Callable[[nn.Module, Any], Tensor]
 
-_NAMED = ("logits", "image_embeds", "text_embeds", "pooler_output", "last_hidden_state")  # first one that is there
+NAMED = ("logits", "image_embeds", "text_embeds", "pooler_output", "last_hidden_state")  # first one that is there
 
 
 def outputs_of(module: nn.Module, batch: Any) -> Tensor:
@@ -39,7 +39,7 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
         made = module(batch)
     if torch.is_tensor(made):
         return made
-    for name in _NAMED:
+    for name in NAMED:
         value = getattr(made, name, None)
         if torch.is_tensor(value):
             return value[:, 0] if name == "last_hidden_state" else value
@@ -48,6 +48,15 @@ def outputs_of(module: nn.Module, batch: Any) -> Tensor:
         where="network",
         mend="give Network(outputs=...), a function of module and batch that returns a tensor",
     )
+
+
+def moved(batch: Any, device: torch.device | None) -> Any:
+    """The batch on `device`; what holds no tensors stays as it is."""
+    if isinstance(batch, Mapping):
+        return {name: moved(part, device) for name, part in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(moved(part, device) for part in batch)
+    return batch.to(device) if torch.is_tensor(batch) and device is not None else batch
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,8 @@ class Network:
             head.eval().requires_grad_(False)
 
     def features(self, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Outputs of the module with `weights` in place of its own; differentiable in them."""
+        """Outputs of the module with `weights` in place of its own; differentiable in them. The batch goes where it lies."""
+        batch = moved(batch, next((p.device for p in self.module.parameters()), None))
         if weights is None:
             return self.outputs(self.module, batch)
         from spolia.core.functional import call

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import Any
 from spolia.errors import Problems, SpoliaError
 
 _OTHERS = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_RESTORE = "restore the model's tokenizer"
+_DEEPEST = 100  # levels of a JSON file; real ones have ten
+_HALVES = re.compile("[\ud800-\udfff]")
 _SAVE = "save the fast tokenizer beside it (transformers: `AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)`)"
 
 
@@ -70,17 +74,11 @@ def read_vocabulary(folder: Path, name: str) -> Vocabulary | None:
     """The tokenizer in a model's folder; None when there is none. SpoliaError for a damaged one."""
     file = folder / "tokenizer.json"
     if file.is_file():
-        data = _json(file)
+        data = read_mapping(file)
         try:
-            vocab = data["model"]["vocab"]
-            listed = {entry[0]: n for n, entry in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-            tokens = listed | {entry["content"]: entry["id"] for entry in data.get("added_tokens") or ()}
-            if not all(type(number) is int and number >= 0 for number in tokens.values()):
-                raise TypeError
+            tokens = _tokens(data)
         except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-            raise SpoliaError(
-                "is no tokenizer that can be read", where=str(file), mend="restore the model's tokenizer"
-            ) from None
+            raise SpoliaError("is no tokenizer that can be read", where=str(file), mend=_RESTORE) from None
         return Vocabulary(name, tokens, data)
     found = next((folder / other for other in _OTHERS if (folder / other).is_file()), None)
     if found is None:
@@ -89,23 +87,64 @@ def read_vocabulary(folder: Path, name: str) -> Vocabulary | None:
     seal = hashlib.sha256(raw).hexdigest()
     tokens = None
     if found.name == "vocab.json":
-        tokens = _json(found)
+        tokens = _numbered(found)
     elif found.name == "vocab.txt":
         tokens = {line: n for n, line in enumerate(raw.decode(errors="replace").splitlines())}
     if (folder / "added_tokens.json").is_file():
-        added = _json(folder / "added_tokens.json")
+        added = _numbered(folder / "added_tokens.json")
         seal, tokens = seal + repr(sorted(added.items())), None if tokens is None else tokens | added
     return Vocabulary(name, tokens, None, seal)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _tokens(data: dict[str, Any]) -> dict[str, int]:
+    """Tokens and ids of a tokenizer.json. Some error of Python's where it is damaged."""
+    model = data["model"]
+    vocab, kind, pairs = model["vocab"], model.get("type"), model.get("merges", [])
+    scored = vocab if isinstance(vocab, list) else []  # Unigram: [token, score]
+    listed = {token: number for number, (token, _) in enumerate(scored)} if scored else dict(vocab)
+    numbers = all(type(score) in (int, float) for _, score in scored)
+    forms = isinstance(kind, str | None) and isinstance(pairs, list) and all(isinstance(p, str | list) for p in pairs)
+    if not forms or not numbers or not all(isinstance(part, str) for pair in pairs for part in _pair(pair)):
+        raise TypeError
+    return _sound(listed | {entry["content"]: entry["id"] for entry in data.get("added_tokens") or ()})
+
+
+def _sound(tokens: dict[str, Any]) -> dict[str, int]:
+    """`tokens`, if these are texts with ids; else TypeError or ValueError."""
+    "".join(tokens).encode()  # half of a pair of code units is no text
+    if not all(type(number) is int and number >= 0 for number in tokens.values()):
+        raise TypeError("an id is a whole number")
+    return tokens
+
+
+def _numbered(file: Path) -> dict[str, int]:
+    """vocab.json or added_tokens.json."""
+    try:
+        return _sound(read_mapping(file))
+    except (TypeError, ValueError):
+        raise SpoliaError("is no list of tokens and ids", where=str(file), mend=_RESTORE) from None
+
+
+def read_mapping(file: Path, mend: str = _RESTORE) -> dict[str, Any]:
+    """A JSON file that holds a mapping, no deeper than can be copied and written again. SpoliaError for any other."""
     try:
         data = json.loads(file.read_bytes())
-        if not isinstance(data, dict):
-            raise ValueError("not a mapping")
     except (OSError, ValueError, RecursionError) as error:
-        raise SpoliaError(f"cannot be read: {error}", where=str(file), mend="restore the model's tokenizer") from None
-    return data
+        raise SpoliaError(f"cannot be read: {error}", where=str(file), mend=mend) from None
+    if not isinstance(data, dict):
+        raise SpoliaError("is no mapping", where=str(file), mend=mend)
+    level: list[Any] = [data]
+    for _ in range(_DEEPEST):
+        level = [i for v in level if isinstance(v, dict | list) for i in (v.values() if isinstance(v, dict) else v)]
+        if not level:
+            return data
+    raise SpoliaError(f"is nested more than {_DEEPEST} levels deep", where=str(file), mend=mend)
+
+
+def json_text(value: Any) -> str:
+    """For a file: people's letters as they are, unless UTF-8 cannot hold them."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text if not _HALVES.search(text) else json.dumps(value, indent=2) + "\n"
 
 
 def _pair(merge: Any) -> tuple[str, str]:

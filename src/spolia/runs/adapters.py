@@ -4,6 +4,7 @@
 
 The concatenation is exact and its rank the sum of ranks. With `rank` the sum is cut to its largest singular values, by
 the QR and small SVD of core/lowrank.py: no matrix of that rank is closer in the Frobenius norm (Eckart-Young).
+`knots` merges in the basis that the changes share, and gives a pair of at most the same rank.
 """
 
 from __future__ import annotations
@@ -13,27 +14,31 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spolia.catalog import find
 from spolia.core.checkpoint import BY_TORCH_NAME
-from spolia.core.layout import Layout, Slot, Staging
+from spolia.core.layout import Layout, Slot
 from spolia.core.lazy import torch
-from spolia.core.lowrank import svd_of_sum
+from spolia.core.staging import Staging
 from spolia.errors import Problems, SpoliaError, SpoliaWarning, did_you_mean
+from spolia.methods.merge.knots import Knots
 from spolia.parts.adapter import CONFIG, Adapter, Pair
 from spolia.parts.lora import whole
+from spolia.runs.asked import check_settings
+from spolia.runs.factors import first_with, merged, rank_of, square
 from spolia.runs.references import located
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "adapter_model.safetensors"
-METHODS = ("task_arithmetic", "average")
+METHODS = ("task_arithmetic", "average", "knots")
 
 
 def merge_adapters(
@@ -42,26 +47,34 @@ def merge_adapters(
     out: str | os.PathLike[str],
     weights: float | Sequence[float] = 1.0,
     method: str = "task_arithmetic",
+    settings: Mapping[str, Any] | None = None,
     rank: int | None = None,
     dtype: str = "float32",
+    seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
     """Merge adapter folders into the adapter folder `out`, which peft loads. Returns its path.
 
-    `task_arithmetic` adds the changes, each times its weight; `average` divides by the sum of the weights. `rank`: most
-    rank of a module, None keeps all of it. Factors are stored in `dtype`. Raises SpoliaError with all that does not fit.
+    `task_arithmetic` adds the changes, each times its weight; `average` divides by the sum of the weights; `knots` merges
+    them as its `settings` say. `rank`: most rank of a module, None keeps all of it. Factors are stored in `dtype`. Raises
+    SpoliaError with all that does not fit.
     """
     names = [Path(path).name or str(path) for path in adapters]
     shares = _shares(method, weights, len(names))
+    chosen = _knots(method, settings, shares)
     _check_options(rank, dtype)
     members, target = _open(adapters), Path(out)
     problems = Problems()
     if any(member.path.resolve() == target.resolve() for member in members):
         problems.add(str(out), "is one of the adapters", "write the merged one somewhere else")
-    _check_fit(members, names, shares, problems)
+    if chosen is None:
+        _check_replaced(members, names, shares, problems)
+    else:
+        _check_factors_only(members, names, problems)
+    _check_fit(members, names, problems)
     problems.raise_if_any()
     modules = list(dict.fromkeys(module for member in members for module in member.pairs))
-    ranks = {module: _rank(members, module, rank) for module in modules}
+    ranks = {module: rank_of(members, module, rank, chosen) for module in modules}
     slots = _slots(members, ranks, dtype)
     layout = _one_file(slots)
     with ExitStack() as stack:
@@ -70,18 +83,21 @@ def merge_adapters(
         staging = stack.enter_context(Staging(target, layout, "adapters", overwrite=overwrite))
         lost, kept = 0.0, 0.0
         for module in modules:
-            b, a, dropped = _merged(members, shares, module, ranks[module], rank is not None)
-            pair = _owner(members, module).pairs[module]
+            b, a, dropped = merged(members, shares, chosen, seed, module, ranks[module])
+            pair = first_with(members, module).pairs[module]
             _write(staging, pair.a, a)
             _write(staging, pair.b, b)
-            lost, kept = lost + dropped, kept + _square(b, a)
+            lost, kept = lost + dropped, kept + square(b, a)
         for name, source in members[0].replaced.items():
             mean = sum(s * whole(m.weights, m.replaced[name]) for s, m in zip(shares, members, strict=True))
             assert isinstance(mean, torch.Tensor)
             _write(staging, source, mean)
         staging.write_text(CONFIG, json.dumps(_config(members, ranks), indent=2) + "\n")
         error = math.sqrt(lost / (lost + kept)) if lost + kept else 0.0
-        staging.write_text("spolia.json", json.dumps(_manifest(names, shares, method, rank, error), indent=2) + "\n")
+        told = _manifest(names, shares, method, rank, error)
+        if chosen is not None:
+            told |= {"settings": chosen.model_dump(mode="json"), "seed": seed}
+        staging.write_text("spolia.json", json.dumps(told, indent=2) + "\n")
         Adapter.open(staging.folder)  # what was written can be read back
         staging.finish()
     return target
@@ -99,11 +115,24 @@ def _shares(method: str, weights: float | Sequence[float], count: int) -> list[f
         raise SpoliaError(
             f"{len(given)} weights for {count} adapters", where="weights", mend="give one finite number each"
         )
-    if method == "task_arithmetic":
+    if method != "average":
         return given
     if abs(sum(given)) < 1e-8:
         raise SpoliaError("the weights sum to zero", where="weights", mend="change one, or use task_arithmetic")
     return [w / sum(given) for w in given]
+
+
+def _knots(method: str, given: Mapping[str, Any] | None, shares: list[float]) -> Knots | None:
+    """The settings of `knots`, with `shares` as its weights; None for the other methods, which have none."""
+    if method != "knots":
+        if given:
+            raise SpoliaError(f"{method} of factors has no settings", where="settings", mend="use `weights`")
+        return None
+    if "weight" in (given or {}):
+        raise SpoliaError("the adapters' weights are `weights` here", where="settings.weight", mend="give `weights`")
+    checked = check_settings(find("knots"), {**(given or {}), "weight": tuple(shares)}, len(shares))
+    assert isinstance(checked, Knots)
+    return checked
 
 
 def _check_options(rank: int | None, dtype: str) -> None:
@@ -125,8 +154,8 @@ def _open(paths: Sequence[str | os.PathLike[str]]) -> list[Adapter]:
     return members
 
 
-def _check_fit(members: list[Adapter], names: list[str], shares: list[float], problems: Problems) -> None:
-    """One base, one way the weights lie, equal shapes; tensors that replace the base's only where a mean is asked for."""
+def _check_fit(members: list[Adapter], names: list[str], problems: Problems) -> None:
+    """One base, one way the weights lie, equal shapes, nothing beside factors."""
     first = members[0]
     for member, name in zip(members[1:], names[1:], strict=True):
         if member.base != first.base:
@@ -136,6 +165,23 @@ def _check_fit(members: list[Adapter], names: list[str], shares: list[float], pr
             )
         if member.transposed != first.transposed:
             problems.add(name, "and the first differ in `fan_in_fan_out`", "merge adapters of one base")
+    for member, name in zip(members, names, strict=True):
+        if member.biases:
+            mend = "merge the models instead: `spolia.merge(adapters, base=base)`"
+            problems.add(name, "was trained with `lora_bias`", mend)
+        for module, pair in member.pairs.items():
+            owner = first_with(members, module)
+            ours, theirs = _sides(member, pair), _sides(owner, owner.pairs[module])
+            if ours != theirs:
+                where = names[members.index(owner)]
+                what = f"changes `{module}` as {ours}, {where} as {theirs}"
+                problems.add(name, what, "merge adapters of one base")
+
+
+def _check_replaced(members: list[Adapter], names: list[str], shares: list[float], problems: Problems) -> None:
+    """Tensors that replace the base's: in all adapters or none, of equal shapes, and only where a mean is asked for."""
+    first = members[0]
+    for member, name in zip(members[1:], names[1:], strict=True):
         for tensor in sorted(member.replaced.keys() ^ first.replaced.keys()):
             have, lack = (name, names[0]) if tensor in member.replaced else (names[0], name)
             what = f"replaces `{tensor}` of the base, {lack} does not"
@@ -149,21 +195,14 @@ def _check_fit(members: list[Adapter], names: list[str], shares: list[float], pr
     if any(m.replaced for m in members) and abs(sum(shares) - 1.0) > 1e-9:
         what = f"replaces `{next(iter(first.replaced), '')}` of the base, and the weights do not sum to 1"
         problems.add(names[0], what, 'use method="average", or merge the models: `spolia.merge(adapters, base=base)`')
+
+
+def _check_factors_only(members: list[Adapter], names: list[str], problems: Problems) -> None:
+    """knots sees changes, and what replaces a tensor of the base is none without it."""
     for member, name in zip(members, names, strict=True):
-        if member.biases:
-            mend = "merge the models instead: `spolia.merge(adapters, base=base)`"
-            problems.add(name, "was trained with `lora_bias`", mend)
-        for module, pair in member.pairs.items():
-            owner = _owner(members, module)
-            ours, theirs = _sides(member, pair), _sides(owner, owner.pairs[module])
-            if ours != theirs:
-                where = names[members.index(owner)]
-                what = f"changes `{module}` as {ours}, {where} as {theirs}"
-                problems.add(name, what, "merge adapters of one base")
-
-
-def _owner(members: list[Adapter], module: str) -> Adapter:
-    return next(member for member in members if module in member.pairs)
+        if member.replaced:
+            what = f"replaces `{next(iter(member.replaced))}` of the base, and knots merges factors only"
+            problems.add(name, what, 'merge the models instead: `spolia.merge(adapters, base=base, method="knots")`')
 
 
 def _sides(member: Adapter, pair: Pair) -> tuple[int, ...]:
@@ -172,19 +211,10 @@ def _sides(member: Adapter, pair: Pair) -> tuple[int, ...]:
     return (b[0], *a[1:], *b[2:], int(pair.embedding))
 
 
-def _rank(members: list[Adapter], module: str, most: int | None) -> int:
-    total = sum(member.pairs[module].rank for member in members if module in member.pairs)
-    if most is None or total <= most:
-        return total
-    owner = _owner(members, module)
-    a, b = (owner.weights.entries[name].shape for name in (owner.pairs[module].a, owner.pairs[module].b))
-    return min(most, b[0], math.prod(a[1:]))
-
-
 def _slots(members: list[Adapter], ranks: dict[str, int], dtype: str) -> list[Slot]:
     slots, kind = [], BY_TORCH_NAME[dtype]
     for module, rank in ranks.items():
-        owner = _owner(members, module)
+        owner = first_with(members, module)
         pair, entries = owner.pairs[module], owner.weights.entries
         slots.append(Slot(pair.a, kind, (rank, *entries[pair.a].shape[1:])))
         slots.append(Slot(pair.b, kind, (entries[pair.b].shape[0], rank, *entries[pair.b].shape[2:])))
@@ -200,32 +230,6 @@ def _one_file(slots: list[Slot]) -> Layout:
     (old,) = plain.sizes
     places = {name: replace(place, file=FILE) for name, place in plain.places.items()}
     return replace(plain, places=places, headers={FILE: plain.headers[old]}, sizes={FILE: plain.sizes[old]})
-
-
-def _merged(
-    members: list[Adapter], shares: list[float], module: str, rank: int, cut: bool
-) -> tuple[Tensor, Tensor, float]:
-    """B and A of the merged module in fp64, and the squared norm that was cut off."""
-    factors, shapes = [], []
-    for share, member in zip(shares, members, strict=True):
-        if (pair := member.pairs.get(module)) is not None:
-            a, b = whole(member.weights, pair.a), whole(member.weights, pair.b)
-            shapes = [a.shape[1:], b.shape[2:]]
-            factors.append((b.flatten(1) * (share * pair.scale), a.flatten(1)))
-    dropped = 0.0
-    if cut and rank < sum(len(a) for _, a in factors):
-        u, s, vt = svd_of_sum(factors)
-        root = s[:rank].sqrt()
-        b, a, dropped = u[:, :rank] * root, root.unsqueeze(1) * vt[:rank], float(s[rank:].square().sum())
-    else:
-        b, a = torch.cat([b for b, _ in factors], dim=1), torch.cat([a for _, a in factors])
-    return b.reshape(*b.shape, *shapes[1]), a.reshape(len(a), *shapes[0]), dropped
-
-
-def _square(b: Tensor, a: Tensor) -> float:
-    """Squared Frobenius norm of B A."""
-    b, a = b.flatten(1), a.flatten(1)
-    return float(((b.t() @ b) * (a @ a.t())).sum())
 
 
 def _write(staging: Staging, name: str, values: Tensor) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from spolia.parts.align import Aligned, ties, vocabulary_rows
 from spolia.parts.expert import Expert, ExpertPool, Weights
 from spolia.parts.inputs import Inputs
 from spolia.parts.rows import TokenWeights
+from spolia.parts.vocabulary import json_text, read_mapping
 from spolia.runs.request import MergeRequest, ModelRef
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx)$|\.index\.json$")
@@ -27,6 +29,7 @@ _TOKENIZER = re.compile(
     r"^(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*\.model|.*\.tiktoken)$"
 )
 _TEMPLATE = re.compile(r"^(chat_template\..*|.*\.jinja)$")
+_REMOVE = "restore the file, or remove it: models work without"
 _IDS = re.compile(r"^(bos|eos|pad|unk|sep|cls|mask|decoder_start|forced_bos|forced_eos)_token_id$")
 
 
@@ -36,8 +39,24 @@ def donor_of(request: MergeRequest) -> Path | None:
     return ref.path if ref.path.is_dir() else None
 
 
-def copied(request: MergeRequest) -> list[Path]:
-    """Files that go along as they are. Code files too: a config may name them."""
+@dataclass(frozen=True)
+class Beside:
+    """All that stands beside the weights, read before the work: the donor may change meanwhile."""
+
+    copied: list[Path]  # as they are
+    texts: dict[str, str]  # written anew, by name; config.json among them
+
+
+def beside(request: MergeRequest, aligned: Sequence[Aligned], pool: ExpertPool) -> Beside:
+    """What goes along with `request`'s result. SpoliaError for a file that must be changed and cannot be read."""
+    found = texts(request)
+    files = [file for file in copied(request, found) if file.name != "config.json"]
+    config = result_config(request, aligned, pool)
+    return Beside(files, found if config is None else found | {"config.json": json.dumps(config, indent=2) + "\n"})
+
+
+def copied(request: MergeRequest, changed: Mapping[str, str]) -> list[Path]:
+    """Files that go along as they are, none of those `changed`. Code files too: a config may name them."""
     donor, tokens = donor_of(request), request.tokens
     files = _files(donor)
     if tokens is not None:
@@ -48,7 +67,6 @@ def copied(request: MergeRequest) -> list[Path]:
         files += kept
     if request.chat_template is not None:
         files = [file for file in files if not _TEMPLATE.match(file.name)]
-    changed = texts(request)
     return sorted((file for file in files if file.name not in changed), key=lambda file: file.name)
 
 
@@ -63,22 +81,18 @@ def texts(request: MergeRequest) -> dict[str, str]:
     donor, tokens = donor_of(request), request.tokens
     found = dict(tokens.written) if tokens is not None else {}
     if tokens is not None and tokens.renumbered and donor is not None and (donor / "generation_config.json").is_file():
-        config = json.loads((donor / "generation_config.json").read_bytes())
-        found["generation_config.json"] = _text(renumber(config, tokens.renumbered))
+        config = read_mapping(donor / "generation_config.json", _REMOVE)
+        found["generation_config.json"] = json_text(renumber(config, tokens.renumbered))
     if request.chat_template is not None:
         found["chat_template.jinja"] = request.chat_template
         owner = tokens.owner.path if tokens is not None else donor
-        text = found.get("tokenizer_config.json")
-        if text is None and owner is not None and (owner / "tokenizer_config.json").is_file():
-            text = (owner / "tokenizer_config.json").read_text(encoding="utf-8")
-        if text is not None and "chat_template" in (config := json.loads(text)):
+        config = json.loads(found.get("tokenizer_config.json", "{}"))
+        if not config and owner is not None and (owner / "tokenizer_config.json").is_file():
+            config = read_mapping(owner / "tokenizer_config.json")
+        if "chat_template" in config:
             del config["chat_template"]
-            found["tokenizer_config.json"] = _text(config)
+            found["tokenizer_config.json"] = json_text(config)
     return found
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def result_config(request: MergeRequest, aligned: Sequence[Aligned], pool: ExpertPool) -> dict[str, Any] | None:
@@ -86,7 +100,7 @@ def result_config(request: MergeRequest, aligned: Sequence[Aligned], pool: Exper
     donor = donor_of(request)
     if donor is None or not (donor / "config.json").is_file():
         return None
-    config = json.loads((donor / "config.json").read_bytes())
+    config = read_mapping(donor / "config.json", "restore the model's config.json")
     if request.reshape is not None:
         config = request.reshape(config)
     if request.out_dtype:
@@ -130,7 +144,7 @@ def renumber(config: dict[str, Any], ids: dict[int, int]) -> dict[str, Any]:
             if not _IDS.match(key):
                 continue
             if isinstance(value, list):
-                place[key] = [ids.get(item, item) for item in value]
+                place[key] = [ids.get(item, item) if type(item) is int else item for item in value]
             elif type(value) is int:
                 place[key] = ids.get(value, value)
     return config

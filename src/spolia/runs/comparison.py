@@ -18,6 +18,7 @@ from spolia.parts.expert import Entry, Expert, ExpertPool
 from spolia.runs.compared_runs import RunComparison, compare_runs, is_run
 from spolia.runs.describe import columns
 from spolia.runs.references import located
+from spolia.runs.telling import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,7 @@ class ModelComparison:
         for title, names in (("only in a", self.only_a), ("only in b", self.only_b)):
             if names:
                 parts += ["", title, *(f"  {name}" for name in names[:MOST]), *_more(names)]
-        return "\n".join(parts)
+        return plain("\n".join(parts))
 
 
 def _more(found: list[Any]) -> list[str]:

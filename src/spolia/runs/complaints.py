@@ -17,10 +17,14 @@ _SIDES = {"greater_than": "small", "greater_than_equal": "small", "less_than": "
 
 def validate(model: type[M], raw: Any, at: Path, where: Callable[[Path], str], problems: Problems) -> M | None:
     """`raw` (which stands at path `at` of the document) as `model`; None after adding to `problems` what forbids it."""
+    told: set[Path] = {(name,) for name in _truths(model, raw)}
+    for path in sorted(told):
+        what = f"`{_short(raw[path[0]])}` is not what belongs here"
+        problems.add(where((*at, *path)), what, _advice(_field_text(model, path)))
     try:
-        return model.model_validate(raw)
+        found = model.model_validate(raw)
+        return None if told else found
     except ValidationError as error:
-        told: set[Path] = set()
         for item in error.errors(include_url=False):
             path = _written_path(item["loc"], raw, item["type"]) or _named_path(model, item["msg"])
             if path in told:  # the branches of a union complain one by one about the same value
@@ -28,6 +32,21 @@ def validate(model: type[M], raw: Any, at: Path, where: Callable[[Path], str], p
             told.add(path)
             problems.add(where((*at, *path)), *_explain(model, path, dict(item)))
     return None
+
+
+def _truths(model: type[BaseModel], raw: Any) -> list[str]:
+    """Fields of numbers that were given true or false (YAML reads `on` and `no` so): pydantic takes them for 1 and 0."""
+    found = []
+    for name, field in model.model_fields.items() if isinstance(raw, dict) else ():
+        value = raw.get(name)
+        given = value if isinstance(value, list) else [value]
+        if any(isinstance(item, bool) for item in given) and not _takes_truth(field.annotation):
+            found.append(name)
+    return found
+
+
+def _takes_truth(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(map(_takes_truth, get_args(annotation)))
 
 
 def _written_path(loc: tuple[int | str, ...], raw: Any, kind: str) -> Path:
@@ -66,7 +85,7 @@ def _explain(model: type[BaseModel], path: Path, item: dict[str, Any]) -> tuple[
         return f"`{path[-1]}` is missing", f"add `{path[-1]}`{wants}"
     text = str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if not item["loc"]:
-        return text, _advice(field)
+        return text, _advice(field) or "change one of the values"
     value = _short(item["input"])
     if kind in ("literal_error", "enum") and isinstance(item["input"], str):
         words = [word.strip("'\" ") for word in item["ctx"]["expected"].replace(" or ", ", ").split(",")]

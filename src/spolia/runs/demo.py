@@ -47,6 +47,7 @@ def study_of(seeds: range) -> Study:
     """Every merging method with its defaults and, where it has a scale, with the one that validation chooses.
 
     Methods that take no more than two models are shown on a pair, beside average and task arithmetic of the same pair.
+    Those that give each expert a mask are judged with the task known, and stand with the experts: they are no one model.
     """
     entries: list[Entry] = []
     pairs = [Entry(name, name, metric=PAIR_METRIC, domains=PAIR) for name in ("average", "task_arithmetic")]
@@ -54,7 +55,10 @@ def study_of(seeds: range) -> Study:
         settings = method.settings_class()
         if method.family != "merge" or not issubclass(settings, MergeSettings):  # what needs data is not shown here
             continue
-        if settings.experts[1] == 1 or settings.masked:  # no merge of experts, or one that needs to be told the task
+        if settings.experts[1] == 1:  # no merge of experts
+            continue
+        if settings.masked:
+            entries.append(Entry(f"{method.name}, task known", method.name, baseline=True, known=True))
             continue
         if settings.experts[1] == 2:
             pairs.append(Entry(method.name, method.name, metric=PAIR_METRIC, domains=PAIR))

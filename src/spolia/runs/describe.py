@@ -12,8 +12,12 @@ from importlib import import_module
 from typing import Any
 
 from spolia.catalog import Method
+from spolia.runs.telling import plain
 
-FAMILIES = {"merge": "several fine-tunes of one base become one model"}
+FAMILIES = {
+    "merge": "several fine-tunes of one base become one model",
+    "surgery": "a merged model gets back what its experts knew",
+}
 _MEASURES = ("norm", "relative", "untouched", "effective_rank")
 _LEAST = 16  # a column is not wrapped narrower than this
 
@@ -136,7 +140,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         parts += ["", "notes", *("  " + str(line) for line in plan["notes"])]
     if plan["warnings"]:
         parts += ["", "warnings", *("  " + str(line) for line in plan["warnings"])]
-    return "\n".join(parts)
+    return plain("\n".join(parts))
 
 
 def inspection_text(seen: dict[str, Any]) -> str:
@@ -175,7 +179,7 @@ def inspection_text(seen: dict[str, Any]) -> str:
     parts += ["", *seen["notes"], "", "verdict", "  " + seen["verdict"]]
     if seen["recipe"]:
         parts += ["", "recipe to begin with", "", seen["recipe"].rstrip()]
-    return "\n".join(parts)
+    return plain("\n".join(parts))
 
 
 def _words_text(seen: dict[str, Any], width: int | None) -> list[str]:

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from spolia.bench.multitask import AVERAGE, Share, ledger_rows, t_interval
+from spolia.catalog import find
 from spolia.data.digits import SIZES
 from spolia.runs.digits_pool import DATA_TOUCHED
 from spolia.runs.store import RunFolder
@@ -37,13 +38,21 @@ def ledger(run: RunFolder, study: Study, found: list[dict[str, Any]]) -> dict[st
         "machine": env.get("machine", {}),
         "versions": env.get("versions", {}),
         "data": DATA_TOUCHED
-        | {"merge": "weights only"}
+        | {"merge": sees(study)}
         | ({"choice of scale": f"{SIZES['validation']} labelled validation digits"} if found[0]["chosen"] else {})
         | {"test": f"{SIZES['test']} digits that nothing before had seen"},
         "seeds": list(study.seeds[: len(found)]),
         "rows": rows,
         "notes": _notes(study, found),
     }
+
+
+def sees(study: Study) -> str:
+    """What the merges look at."""
+    looking = sorted({entry.method for entry in study.entries if find(entry.method).data})
+    if not looking:
+        return "weights only"
+    return f"weights only; {', '.join(looking)}: {SIZES['validation']} validation digits a domain, without labels"
 
 
 def _notes(study: Study, found: list[dict[str, Any]]) -> str:
@@ -54,6 +63,14 @@ def _notes(study: Study, found: list[dict[str, Any]]) -> str:
         if len(found) > 1
         else "Intervals are 95 %, Wilson's over test images of one seed.",
     ]
+    if any(entry.known for entry in study.entries):
+        lines.append(
+            "Task known: judged with the mask of the task's own expert put on; several models, like the experts."
+        )
+    if found[0]["chosen"] and any(find(entry.method).data for entry in study.entries):
+        lines.append(
+            "Scales are chosen on the same validation digits that others see without labels, with their labels."
+        )
     for label in found[0]["chosen"]:
         lines.append(f"{label}: {', '.join(format(one['chosen'][label], 'g') for one in found)}.")
     return " ".join(lines)

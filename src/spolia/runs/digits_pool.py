@@ -23,6 +23,7 @@ from spolia.data.digits import SIZES, Splits, digits
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
+    from spolia.parts.network import Network
     from spolia.zoo.mlp import ResidualMLP
 
 WIDTH, DEPTH, CLASSES = 64, 3, 10
@@ -75,6 +76,20 @@ class DigitExperts:
     @cached_property
     def _encoder(self) -> ResidualMLP:
         return _new_encoder(self.seed)
+
+    @cached_property
+    def network(self) -> Network:
+        """The encoder under the frozen head of every domain."""
+        from spolia.parts.network import Network
+        from spolia.zoo.mlp import heads as new_heads
+
+        heads = new_heads(self.domains, WIDTH, CLASSES, generator=_generator(self.seed, "heads"))
+        heads.load_state_dict(self._frozen_heads)
+        return Network(_new_encoder(self.seed), dict(heads.items()))
+
+    def unlabelled(self, domains: Sequence[str]) -> dict[str, Tensor]:
+        """The validation images of each domain, without their labels."""
+        return {domain: self.splits[domain].validation.x for domain in domains}
 
     def outputs(self, state: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
         """(domain, images [n, 64]) -> logits [n, 10] of an encoder with weights `state` under the domain's head."""

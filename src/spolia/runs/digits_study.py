@@ -6,6 +6,7 @@ images. A finished seed is kept in checkpoints/, so a run goes on with the next 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from spolia.bench.multitask import Task, choose, evaluate, mean_percent
 from spolia.catalog import find
 from spolia.core.checkpoint import read_tensors
 from spolia.core.journal import Journal
+from spolia.errors import SpoliaWarning
 from spolia.parts.taskvector import TaskVector
 from spolia.runs import digits_ledger
 from spolia.runs.digits_ledger import BASE, EXPERTS, METRIC
@@ -30,7 +32,10 @@ SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 2.5, 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table: a method and its settings. With `scales`, the best of them on validation is taken."""
+    """One line of the table: a method and its settings. With `scales`, the best of them on validation is taken.
+
+    `known`: each task is judged with the mask of its own expert put on, so it is no single model for all tasks.
+    """
 
     label: str
     method: str
@@ -39,6 +44,7 @@ class Entry:
     baseline: bool = False
     metric: str = METRIC
     domains: tuple[str, ...] = ()  # whose experts are merged and judged; empty: all
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,13 +118,14 @@ def _score(pool: DigitExperts, study: Study, journal: Journal) -> dict[str, Any]
             entry = study.entries[i]
             group = entry.domains or study.domains
             tried = [task for task in validation if task.name in group]
-            merged = _merged(entry, base, [experts[d] for d in group], pool.seed, study.dtype)
+            given = {domain: experts[domain] for domain in group}
+            merged = _merged(pool, entry, base, given, study.dtype)
             if entry.scales:
                 scale, curve = _best_scale(pool, entry, base, merged, tried)
                 chosen[entry.label], curves[entry.label] = scale, curve
                 settings = {**entry.settings, "scale": scale}
-                merged = _merged(entry, base, [experts[d] for d in group], pool.seed, study.dtype, settings)
-            outputs = pool.outputs(merged)
+                merged = _merged(pool, entry, base, given, study.dtype, settings)
+            outputs = _with_masks(pool, entry, base, given, merged) if entry.known else pool.outputs(merged)
             seen[entry.metric][entry.label] = mean_percent(evaluate(outputs, tried))
             scores[entry.metric][entry.label] = _counts(outputs, [task for task in test if task.name in group])
     vectors = [TaskVector.between(base, expert) for expert in experts.values()]
@@ -127,10 +134,10 @@ def _score(pool: DigitExperts, study: Study, journal: Journal) -> dict[str, Any]
 
 
 def _merged(
+    pool: DigitExperts,
     entry: Entry,
     base: State,
-    experts: list[State],
-    seed: int,
+    experts: Mapping[str, State],
     dtype: str | None,
     settings: Mapping[str, Any] | None = None,
 ) -> State:
@@ -138,7 +145,33 @@ def _merged(
 
     start = base if needs_base(entry.method, len(experts)) else None
     given = entry.settings if settings is None else settings
-    return merge(experts, base=start, method=entry.method, settings=given, dtype=dtype, seed=seed)
+    method, seed = entry.method, pool.seed
+    if not find(method).data:
+        return merge(list(experts.values()), base=start, method=method, settings=given, dtype=dtype, seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SpoliaWarning)  # that entropy misleads is for the page to say, once
+        learned = merge(
+            experts,
+            base=start,
+            method=method,
+            settings=given,
+            dtype=dtype,
+            seed=seed,
+            network=pool.network,
+            unlabelled=pool.unlabelled(tuple(experts)),
+        )
+    return learned.weights
+
+
+def _with_masks(
+    pool: DigitExperts, entry: Entry, base: State, experts: Mapping[str, State], merged: State
+) -> Callable[[str, Tensor], Tensor]:
+    """outputs(task, x) of the merged model with the mask of the task's expert put on."""
+    from spolia.runs.masking import attach, masks
+
+    found = masks(experts, base=base, method=entry.method, settings=entry.settings)
+    own = {name: pool.outputs(attach(merged, mask, base=base)) for name, mask in found.items()}
+    return lambda task, x: own[task](task, x)
 
 
 def needs_base(method: str, experts: int) -> bool:

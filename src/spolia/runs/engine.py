@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from spolia.catalog import find
 from spolia.core.journal import Journal
 from spolia.data.digits import SIZES
+from spolia.runs.digits_ledger import sees
 from spolia.runs.digits_pool import DATA_TOUCHED
-from spolia.runs.digits_study import Entry, Study, needs_base, pool_of, run_study
+from spolia.runs.digits_study import SCALES, Entry, Study, needs_base, pool_of, run_study
 from spolia.runs.lifecycle import follow, recorded
 from spolia.runs.plan import Phase, Plan
 from spolia.runs.recipe import Recipe
 from spolia.runs.schema import DigitsPool, FoldersPool
 from spolia.runs.store import RunFolder
+from spolia.runs.surgery_study import plan_surgery, run_surgery
+
+if TYPE_CHECKING:
+    from spolia.runs.cost import Machine
 
 _BASELINES = ("average", "task_arithmetic")
+_VARIANTS = {  # shown beside a method that learns, in fewer steps
+    "adamerging": (
+        Entry("adamerging, task-wise, fast", "adamerging", {"granularity": "task", "preset": "fast"}, baseline=True),
+        Entry("adamerging++, fast", "adamerging", {"preprocess": "ties", "preset": "fast"}, baseline=True),
+    ),
+}
 _START, _PER_BASE, _PER_EXPERT, _PER_MERGE = 5.0, 0.5, 0.7, 0.2  # seconds on one core, imports included in the first
+_PER_STEP = 0.0025  # of a method that learns, and a domain
 _MEMORY = 450_000_000  # bytes of a process that has imported torch and scikit-learn
 _DISK = 500_000  # bytes of one model with the last checkpoints of its loop
 
 
-def plan_recipe(recipe: Recipe, folder: RunFolder | None = None) -> Plan:
-    """What running `recipe` would do. Reads headers at most, imports no torch for them."""
+def plan_recipe(recipe: Recipe, folder: RunFolder | None = None, machine: Machine | None = None) -> Plan:
+    """What running `recipe` would do, on `machine` or here. Reads headers at most, imports no torch for them."""
     if isinstance(recipe.pool, FoldersPool):
         from spolia.runs.merging import plan_merge
         from spolia.runs.verbs import request_of
 
         output, target = recipe.output, folder.result if folder is not None else None
         return plan_merge(
-            request_of(recipe), target, max_shard_size=output.max_shard_size, chunk_memory=output.chunk_memory
+            request_of(recipe),
+            target,
+            max_shard_size=output.max_shard_size,
+            chunk_memory=output.chunk_memory,
+            machine=machine,
         )
+    if recipe.family == "surgery":
+        return plan_surgery(recipe)
     return _plan_digits(recipe)
 
 
@@ -50,6 +69,8 @@ def run_recipe(
         run.write_env(seed=recipe.seed, seeds=_seeds(recipe))
         if isinstance(recipe.pool, FoldersPool):
             _run_folders(recipe, recipe.pool, run, progress)
+        elif recipe.family == "surgery":
+            run_surgery(recipe, run, progress)
         else:
             _run_digits(recipe, run, progress)
     return folder.path
@@ -93,8 +114,11 @@ def _run_digits(recipe: Recipe, run: RunFolder, progress: Any) -> None:
             from spolia.runs.verbs import merge
 
             pool = pool_of(run, study, recipe.seed, journal)
+            looks = bool(recipe.method.data)
             merge(
                 {domain: pool.expert(domain) for domain in pool.domains},
+                network=pool.network if looks else None,
+                unlabelled=pool.unlabelled(pool.domains) if looks else None,
                 base=pool.base if needs_base(recipe.method.name, len(pool.domains)) else None,
                 method=recipe.method.name,
                 settings=recipe.settings,
@@ -107,7 +131,7 @@ def _run_digits(recipe: Recipe, run: RunFolder, progress: Any) -> None:
 
 
 def study_of(recipe: Recipe) -> Study:
-    """The recipe's merge beside average and task arithmetic with their defaults."""
+    """The recipe's merge beside average and task arithmetic with their defaults; with masks, also with the task known."""
     method, settings = recipe.method, recipe.settings
     own = Entry(method.name, method.name, settings.model_dump())
     baselines = []
@@ -116,6 +140,13 @@ def study_of(recipe: Recipe) -> Study:
             baselines.append(Entry(name, name, baseline=True))
         elif settings != type(settings)():
             baselines.append(Entry(f"{name}, defaults", name, baseline=True))
+    if method.data:
+        scales = tuple(sorted(SCALES, key=lambda scale: scale != 0.3))  # the default first: it wins among equals
+        chosen = Entry("task_arithmetic, scale chosen with labels", "task_arithmetic", scales=scales, baseline=True)
+        baselines += [chosen, *_VARIANTS.get(method.name, ())]
+    if getattr(settings, "masked", False):
+        label = f"{method.name}, task known"
+        baselines.append(Entry(label, method.name, settings.model_dump(), baseline=True, known=True))
     assert isinstance(recipe.pool, DigitsPool)
     return Study(recipe.name, tuple(recipe.pool.domains), tuple(_seeds(recipe)), (*baselines, own), recipe.output.dtype)
 
@@ -124,6 +155,9 @@ def _plan_digits(recipe: Recipe) -> Plan:
     study = study_of(recipe)
     domains, seeds, merges = len(study.domains), len(study.seeds), len(study.entries)
     seconds = _START + seeds * (_PER_BASE + _PER_EXPERT * domains + _PER_MERGE * merges)
+    learned = [find(e.method).settings_class()(**e.settings) for e in study.entries if find(e.method).data]
+    learns = "coefficients" if hasattr(recipe.settings, "schedule") else "nothing"
+    seconds += (seeds + 1) * _PER_STEP * domains * sum(getattr(one, "schedule", (0, 0.0))[0] for one in learned)
     models = seeds * (domains + 2) + 1
     each = f" for each of {seeds} seeds" if seeds > 1 else ""
     return Plan(
@@ -132,7 +166,7 @@ def _plan_digits(recipe: Recipe) -> Plan:
         phases=[
             Phase("base", "fits the base and one head a domain", DATA_TOUCHED["base and heads"], "encoder and heads"),
             Phase("fine-tune", "fine-tunes an encoder a domain", DATA_TOUCHED["experts"], "encoder", "heads"),
-            Phase("merge", recipe.method.summary, "weights only", writes="result/ (first seed)"),
+            Phase("merge", recipe.method.summary, sees(study), learns, writes="result/ (first seed)"),
             Phase(
                 "test", "counts right answers of merge, base, experts and baselines", f"{SIZES['test']} other digits"
             ),

@@ -64,6 +64,8 @@ def kind(annotation: Any) -> str:
         return "one of " + ", ".join(yaml_value(part) for part in parts)
     if origin in (Union, types.UnionType):
         return " or ".join(kind(part) for part in parts)
+    if origin is dict:
+        return "mapping of " + " to ".join(kind(part) for part in parts)
     if origin in (tuple, list):
         return "list of " + " and ".join(dict.fromkeys(f"{kind(part)}s" for part in parts if part is not Ellipsis))
     return getattr(annotation, "__name__", "").lower()

@@ -60,10 +60,15 @@ def masks(
 
 
 def check_names(pool: ExpertPool, problems: Problems) -> None:
-    """Masks are called by their expert's name."""
+    """Masks are called by their expert's name, and so are their files."""
+    from spolia.parts.masks import fits
+
     names = [expert.name for expert in pool.experts]
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.add(name, "is the name of two experts; masks go by it", "give each a name of its own")
+    for name in dict.fromkeys(name for name in names if not fits(name)):
+        shown = name.encode("utf-8", "replace").decode()[:60]
+        problems.add(shown, "cannot be the name of a file, and that of its mask", "give the expert a short, plain name")
 
 
 def attach(
@@ -86,10 +91,15 @@ def attach(
     or, with `out`, writes a model folder there and returns its path. Nothing given is changed.
     """
     from spolia.parts.masks import ATTACH, Attached, Mask
-    from spolia.runs.verbs import _merge_in_memory, _request, card_of
+    from spolia.runs.asked import request_from
+    from spolia.runs.memory import merge_in_memory
+    from spolia.runs.verbs import card_of
 
     if isinstance(expert, Mask):
         mask = expert
+    elif not isinstance(expert, str):
+        cure = "write the name of an expert"
+        raise SpoliaError(f"a {type(expert).__name__} is no expert's name", where="expert", mend=cure)
     elif isinstance(merged, str | os.PathLike):
         mask = Mask.of(Path(merged), expert)
     else:
@@ -99,11 +109,11 @@ def attach(
     settings = Attached(mask=mask, expert=mask.expert)
     models = {"merged": merged}
     if out is None:
-        return _merge_in_memory(models, base, ATTACH, settings, dtype, 0, threads, chunk_memory, progress)
+        return merge_in_memory(models, base, ATTACH, settings, dtype, 0, threads, chunk_memory, progress)
     from spolia.runs.merging import run_merge
 
     return run_merge(
-        _request(models, base, ATTACH, settings, dtype, 0),
+        request_from(models, base, ATTACH, settings, dtype, 0),
         Path(out),
         max_shard_size=max_shard_size,
         chunk_memory=chunk_memory,

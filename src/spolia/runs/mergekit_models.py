@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from spolia.errors import SpoliaError
 from spolia.parts.adapter import Adapter, is_adapter
 from spolia.parts.inputs import base_of
 from spolia.runs.mergekit_settings import Check
-from spolia.runs.references import is_hub_id
+from spolia.runs.references import is_hub_id, names_in
 from spolia.runs.request import ModelRef
 from spolia.runs.yamlmarks import Path as Place
 
@@ -97,20 +98,14 @@ def _alone(name: str, path: Path, at: Place, check: Check, folder: Path) -> Mode
 def _local(text: str, folder: Path) -> Path | None:
     """The existing path meant by `text`, even if it holds `+` or `@`: from `folder` on, else from the current one."""
     path = Path.home() / text[2:] if text.startswith("~/") else Path(text)
-    for root in (folder, Path.cwd()):
-        try:
-            if (root / path).exists():
-                return (root / path).absolute()
-        except (OSError, ValueError):  # a name the system cannot hold
-            return None
-    return None
+    found = (root / path for root in (folder, Path.cwd()) if os.path.exists(root / path))
+    return next((path.absolute() for path in found), None)
 
 
 def _not_here(text: str, folder: Path) -> tuple[str, str] | None:
     """What is wrong with a reference that is no path, and the cure. None: it may be a model of the hub."""
     plain = text.partition("@")[0]
-    parent = folder / Path(plain).parent
-    beside = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    beside = names_in(folder / Path(plain).parent, Path.is_dir)
     near = difflib.get_close_matches(Path(plain).name, beside, 1, 0.6)
     if near:
         return f"there is no model at `{text}`", f"did you mean `{Path(plain).with_name(near[0])}`?"

@@ -14,7 +14,7 @@ leaves out what is finished. The folder is removed at the end unless `x-spolia: 
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from spolia.errors import Problems, SpoliaError
-from spolia.runs.along import copied, result_config, texts
 from spolia.runs.mergekit import read_mergekit
 from spolia.runs.merging import Prepared, describe, key_of, prepare, run_merge
 from spolia.runs.plan import Plan
@@ -32,6 +31,8 @@ from spolia.runs.yamlmarks import Marked
 
 _REFERENCES = {"model", "base_model", "path", "source", "tokenizer_source"}  # keys whose value names a model
 PARTS = ".parts"
+_NAME = re.compile(r"[^+\x00-\x1f]{1,60}")  # names of folders; letters of any alphabet
+_MOST = 100  # documents
 
 
 @dataclass(frozen=True)
@@ -131,26 +132,27 @@ def _stand_in(prepared: Prepared, folder: Path) -> Path:
             stream.truncate(prepared.layout.sizes[file])
     if prepared.layout.index is not None:
         (folder / "model.safetensors.index.json").write_text(prepared.layout.index)
-    for file in copied(prepared.request):
+    for file in prepared.beside.copied:
         shutil.copyfile(file, folder / file.name)
-    for name, text in texts(prepared.request).items():
+    for name, text in prepared.beside.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    config = result_config(prepared.request, prepared.aligned, prepared.pool)
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def arrange(documents: list[Marked]) -> tuple[Document, ...]:
     """The documents in the order of work, the result last. SpoliaError with every name that is wrong, and for circles."""
+    if len(documents) > _MOST:
+        mend = f"at most {_MOST}: merge in several steps"
+        raise SpoliaError(f"{len(documents)} documents in one file", where=documents[0].name, mend=mend)
     problems, named = Problems(), dict[str, Marked]()
     unnamed: list[Marked] = []
     for marked in documents:
         name = marked.value.get("name")
         if name is None:
             unnamed.append(marked)
-        elif not isinstance(name, str) or not name or Path(name).name != name or name in (".", "..") or "+" in name:
-            problems.add(marked.where(("name",)), f"`{name}` cannot be a name", "use letters, digits, `-` and `_`")
+        elif not isinstance(name, str) or Path(name).name != name or name in ("", "..") or not _NAME.fullmatch(name):
+            what = f"`{str(name)[:60]}` cannot be a name"
+            problems.add(marked.where(("name",)), what, "use letters, digits, `-` and `_`")
         elif name in named:
             first = named[name].where(("name",)).rpartition(" ")[0]
             problems.add(marked.where(("name",)), f"two documents are called `{name}`, first in {first}", "rename one")
@@ -166,9 +168,11 @@ def arrange(documents: list[Marked]) -> tuple[Document, ...]:
             circle = " -> ".join(f"`{step}`" for step in (*path[path.index(name) :], name))
             where = named[name].where(("name",))
             raise SpoliaError(f"the documents need each other in a circle: {circle}", where=where, mend="break it")
+        if name in done:
+            return
         for other in uses[name]:
             visit(other, (*path, name))
-        done.setdefault(name, Document(name, named[name], uses[name]))
+        done[name] = Document(name, named[name], uses[name])
 
     last = _uses(result.value, named)
     for name in last:

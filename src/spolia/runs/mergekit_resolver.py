@@ -152,7 +152,7 @@ class Resolver:
                 what, where=self._doc.where(("models",)), mend="change a weight, or set `normalize: false`"
             )
         try:
-            return self._class.model_validate(fields)
+            return self._class.model_validate(fields, context={"told": True})  # its warnings: with their line, above
         except ValidationError as error:
             where = self._doc.where(("parameters",))
             told = [Problem(where, f"`{dotted(e['loc'])}` for `{tensor}`: {e['msg']}") for e in error.errors()]

@@ -13,7 +13,6 @@ embedding counts as missing. Special ids in the configs follow the tokens. `keep
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,12 @@ from typing import Any
 from spolia.errors import Problems, SpoliaError
 from spolia.parts.expert import Weights
 from spolia.parts.rows import Asked, embeddings_of, map_rows
-from spolia.parts.vocabulary import Joined, Vocabulary, join, read_vocabulary
+from spolia.parts.vocabulary import Joined, Vocabulary, join, json_text, read_mapping, read_vocabulary
 from spolia.runs.mergekit_settings import Check
 from spolia.runs.request import ModelRef, TokenPlan
 from spolia.runs.yamlmarks import Path as Place
 
+_LARGEST_PAD = 2**20  # rows; the largest vocabularies have a quarter of that
 Refer = Callable[[Any, Place], ModelRef | None]
 
 
@@ -56,15 +56,21 @@ def read_section(value: dict[str, Any], refer: Refer, check: Check) -> Section |
         check.error(at, "`tokenizer` must be a mapping", "write `tokenizer: {source: base}`")
         return None
     check.keys(body, at, ("source", "tokens", "pad_to_multiple_of"))
-    pad = body.get("pad_to_multiple_of") or 1
+    given = {key: v for key, v in body.items() if v is not None}
+    body = {"source": "union", "tokens": {}, "pad_to_multiple_of": 0} | given
+    pad = 1 if body["pad_to_multiple_of"] == 0 else body["pad_to_multiple_of"]
     if type(pad) is not int or pad < 1:
         check.error((*at, "pad_to_multiple_of"), f"`{pad}` is no count of rows", "write a whole number such as 64")
         return None
-    tokens = body.get("tokens") or {}
+    if pad > _LARGEST_PAD:
+        what = f"padded to {str(pad)[:20]} rows: no model has so many tokens"
+        check.error((*at, "pad_to_multiple_of"), what, f"write a number such as 64; at most {_LARGEST_PAD}")
+        return None
+    tokens = body["tokens"]
     if not isinstance(tokens, dict):
         check.error((*at, "tokens"), "`tokens` must be a mapping", 'write `tokens: {"<tok>": {source: PATH}}`')
         return None
-    source = _source(body.get("source") or "union", (*at, "source"), refer)
+    source = _source(body["source"], (*at, "source"), refer)
     found = {str(t): _token(entry, (*at, "tokens", t), check) for t, entry in tokens.items()}
     return Section(at, source, found, pad) if source is not None else None
 
@@ -80,7 +86,7 @@ def _token(entry: Any, at: Place, check: Check) -> tuple[Any, bool, Place]:
         check.error(at, "a token's entry must be a mapping", "write `{source: PATH}` or `{source: {kind: zero}}`")
         return None, False, at
     check.keys(entry, at, ("source", "force"))
-    force = entry.get("force") or False
+    force = False if entry.get("force") is None else entry["force"]
     if not isinstance(force, bool):
         check.error((*at, "force"), f"`force` cannot be {force!r}", "write true or false")
     return entry.get("source"), bool(force), at
@@ -231,15 +237,15 @@ class Tokens:
         """tokenizer.json and its config, where the vocabulary is nobody's own."""
         if joined.data is None:
             return {}
-        files = {"tokenizer.json": json.dumps(joined.data, indent=2, ensure_ascii=False) + "\n"}
+        files = {"tokenizer.json": json_text(joined.data)}
         config = _tokenizer_folder(self._models[owner]) / "tokenizer_config.json"
         if config.is_file():
-            value = json.loads(config.read_bytes())
+            value = read_mapping(config)
             if isinstance(value.get("added_tokens_decoder"), dict):
                 for entry in joined.data["added_tokens"]:
                     flags = {key: v for key, v in entry.items() if key != "id"}
                     value["added_tokens_decoder"].setdefault(str(entry["id"]), flags)
-            files["tokenizer_config.json"] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            files["tokenizer_config.json"] = json_text(value)
         return files
 
 
@@ -260,6 +266,6 @@ def _vocabulary_size(weights: Weights) -> int | None:
     if not rows:
         return None
     config = weights.config or {}
-    places = (config, config.get("text_config") or {})
-    said = next((place["vocab_size"] for place in places if type(place.get("vocab_size")) is int), rows)
-    return min(said, rows)
+    places = (place for place in (config, config.get("text_config")) if isinstance(place, dict))
+    said = (place.get("vocab_size") for place in places)
+    return min(next((size for size in said if type(size) is int and size > 0), rows), rows)

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from spolia.catalog import METHODS, Method
 from spolia.core.settings import PerModel
+from spolia.data.digits import SIZES
 from spolia.errors import SpoliaError
 from spolia.runs.fields import describe_field, kind, yaml_value
 from spolia.runs.packaged import FOLDER, example_command
@@ -24,7 +25,7 @@ def recipe_text(method: Method, *, tiny: bool = False, file: str = "") -> str:
 
     `tiny`: on real digits, for a first look. `file`: the name it will be saved under, empty for a packaged recipe.
     """
-    parts = [_header(method, tiny, file), f"spolia: {VERSION}  # version of the recipe's form", _draws(tiny)]
+    parts = [_header(method, tiny, file), f"spolia: {VERSION}  # version of the recipe's form", _draws(method, tiny)]
     parts += [_digits_pool(method) if tiny else _folders_pool(method), _method(method)]
     if not tiny:
         parts.append(_output())
@@ -46,15 +47,19 @@ def write_recipe(method: Method, file: Path, *, tiny: bool = False) -> Path:
 
 
 def _header(method: Method, tiny: bool, file: str) -> str:
-    command = f"spolia run {file}" if file else example_command(method, tiny=tiny)
+    command = f"spolia run {file}" if file and (tiny or not method.data) else example_command(method, tiny=tiny)
     if tiny:
         time = "under a minute on two cores"
         score = "measured by the run on held-out digits, beside each expert and the baselines"
-        data = "scikit-learn's digits train the experts and test the result; the merge itself sees none"
+        sees = f"{SIZES['validation']} of them a domain, without labels" if method.data else "none"
+        data = f"scikit-learn's digits train the experts and test the result; the {method.family} itself sees {sees}"
     else:
-        time = f"that of {method.cost} of the models from disk; `spolia plan` estimates it"
+        time = f"that of {method.cost}" + (
+            "" if method.data else " of the models from disk; `spolia plan` estimates it"
+        )
         score = "that of the experts is what to hope for; measure it with your own test data"
-        data = "none: weights only, no inputs, no labels"
+        given = f"{method.data} of every task, given in Python"
+        data = given if method.data else "none: weights only, no inputs, no labels"
     lines = {
         "paper": method.paper,
         "command": command,
@@ -69,9 +74,10 @@ def _header(method: Method, tiny: bool, file: str) -> str:
     return "\n".join([*text, ""])
 
 
-def _draws(tiny: bool) -> str:
+def _draws(method: Method, tiny: bool) -> str:
     repeats = "repeats with seeds seed, seed+1, …; more give an interval" if tiny else "repeats; models on disk take 1"
-    return f"seed: 0  # every random draw follows from it; whole number\nseeds: 1  # {repeats}"
+    count = 3 if tiny and method.data and method.family == "merge" else 1  # what learns differs from seed to seed
+    return f"seed: 0  # every random draw follows from it; whole number\nseeds: {count}  # {repeats}"
 
 
 def _folders_pool(method: Method) -> str:

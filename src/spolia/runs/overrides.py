@@ -11,7 +11,7 @@ from spolia.errors import Problems, SpoliaError, did_you_mean
 from spolia.runs import yamlmarks
 from spolia.runs.yamlmarks import Path, dotted
 
-_PART = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+_PART = re.compile(r"([^.\[\]]+)|\[(\d{1,6})\]")
 
 
 def apply_overrides(value: Any, overrides: Sequence[str], problems: Problems) -> tuple[Any, dict[Path, str]]:
@@ -45,10 +45,10 @@ def apply_overrides(value: Any, overrides: Sequence[str], problems: Problems) ->
 
 def parse_path(key: str) -> Path | None:
     """`pool.experts[0].path` (or `pool.experts.0.path`) as a path; None where it is not one."""
-    if not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*", key):
+    if not re.fullmatch(r"[^.\[\]]+(\.[^.\[\]]+|\[\d{1,6}\])*", key):
         return None
     found = _PART.finditer(key)
-    return tuple(int(m[2] or m[1]) if m[2] or m[1].isdecimal() else m[1] for m in found)
+    return tuple(int(m[2] or m[1]) if m[2] or re.fullmatch(r"\d{1,6}", m[1]) else m[1] for m in found)
 
 
 def _put(value: Any, path: Path, new: Any) -> tuple[str, str] | None:
@@ -63,7 +63,8 @@ def _put(value: Any, path: Path, new: Any) -> tuple[str, str] | None:
                 return f"`{at}` has {len(here)} items; {part} is out of range", f"give the whole list: '{at}=[…]'"
         elif isinstance(here, dict):
             if isinstance(part, int):
-                return f"`{at}` is not a list", did_you_mean(str(part), [dotted((*path[:depth], k)) for k in here])
+                known = did_you_mean(str(part), [dotted((*path[:depth], k)) for k in here])
+                return f"`{at}` is not a list", known or f"replace it whole: '{at}=…'"
             if depth < len(path) - 1 and here.get(part) is None:
                 here[part] = {}
         else:

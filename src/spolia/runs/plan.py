@@ -47,6 +47,7 @@ class Plan:
     disk_free_bytes: int = 0
     seconds: float = 0.0
     time_basis: str = ""
+    cost: dict[str, float] = field(default_factory=dict)  # what the time is made of, see runs/cost.py
     files: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

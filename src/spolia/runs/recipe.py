@@ -20,9 +20,9 @@ from spolia.errors import Problem, Problems, SpoliaError, did_you_mean
 from spolia.runs import yamlmarks
 from spolia.runs.complaints import validate
 from spolia.runs.overrides import apply_overrides
-from spolia.runs.packaged import FOLDER, packaged
-from spolia.runs.references import is_hub_id
-from spolia.runs.schema import POOLS, VERSION, DigitsPool, FoldersPool, Head, ModelEntry, Output
+from spolia.runs.packaged import FOLDER, example_command, packaged
+from spolia.runs.references import is_hub_id, names_in
+from spolia.runs.schema import POOLS, VERSION, DigitsPool, FoldersPool, Head, ModelEntry, Output, at_home
 from spolia.runs.yamlmarks import Marked, dotted
 
 Where = Callable[[yamlmarks.Path], str]
@@ -91,26 +91,26 @@ def load_recipe(ref: str | Path, overrides: Sequence[str] = (), *, check_paths: 
 def read_source(ref: str | Path) -> Source:
     """Finds and parses `ref`. Only the syntax is checked, so that mergekit's recipes pass too."""
     name = str(ref)
-    path = Path(ref).expanduser()
+    path = at_home(ref)
     if isinstance(ref, str) and name in packaged():
         path = FOLDER / f"{name}.yaml"
         text = path.read_text(encoding="utf-8")
         return Source(name, text, yamlmarks.load(text, f"{name}.yaml"), Path.cwd(), packaged=True)
-    if path.is_dir():
-        raise SpoliaError("this is a folder, not a recipe", where=name, mend=_recipes_in(path))
+    if os.path.exists(path) and path.is_dir():
+        raise SpoliaError("this is a folder, not a recipe", where=name or ".", mend=_recipes_in(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = yamlmarks.text_of(path, name)
     except FileNotFoundError:
         raise SpoliaError("there is no such recipe or file", where=name, mend=_near_recipes(name)) from None
     except UnicodeDecodeError:
         raise SpoliaError("this is not a text file", where=name, mend="give a recipe: a YAML file") from None
-    except OSError as error:
-        raise SpoliaError(
-            f"cannot be read: {error.strerror}", where=name, mend="check the path and its rights"
-        ) from None
-    documents = tuple(document for document in yamlmarks.load_all(text, name) if document.value is not None)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no file can be called this"
+        raise SpoliaError(f"cannot be read: {reason}", where=name, mend="check the path and its rights") from None
+    every = yamlmarks.load_all(text, name)
+    documents = tuple(document for document in every if document.value is not None)
     several = len(documents) > 1 and all(isinstance(d.value, dict) and "merge_method" in d.value for d in documents)
-    marked = documents[0] if several else yamlmarks.load(text, name)
+    marked = documents[0] if several else yamlmarks.only(every, name)
     return Source(path.stem, text, marked, path.resolve().parent, documents=documents if several else ())
 
 
@@ -136,6 +136,9 @@ def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: 
                 problems.add(problem.where, problem.what, problem.mend)
     if pool and method:
         _check_fit(pool, method, settings, where, problems)
+    if check_paths and method and method.data and isinstance(pool, FoldersPool):
+        what = f"{method.name} looks at {method.data}, which a pool of folders does not name"
+        problems.add(where(("method", "name")), what, f"call it from Python: {example_command(method)}")
     if head and head.seeds > 1 and isinstance(pool, FoldersPool):
         mend = "write `seeds: 1`, or use `pool: {source: digits}`"
         problems.add(where(("seeds",)), "models on disk are merged once; repeats would be the same", mend)
@@ -172,7 +175,7 @@ def _check_pool(raw: Any, where: Where, problems: Problems) -> FoldersPool | Dig
     if not isinstance(raw, dict):
         return None  # told by Head
     source = raw.get("source", "folders")
-    if source not in POOLS:
+    if not isinstance(source, str) or source not in POOLS:
         problems.add(where(("pool", "source")), f"`{source}` is not a source", did_you_mean(str(source), POOLS))
         return None
     pool = validate(POOLS[source], raw, ("pool",), where, problems)
@@ -239,11 +242,11 @@ def _resolve_paths(
         def absolute(text: str) -> Path:
             if is_hub_id(text, [folder]) and (typed or not source.packaged):
                 return Path(text)
-            return Path(os.path.abspath(folder / Path(text).expanduser()))
+            return Path(os.path.abspath(folder / at_home(text)))
 
         path = str(said.get("path") if isinstance(said, dict) else said)  # a Path has lost the `./` that means here
         lora = str(said["lora"]) if isinstance(said, dict) and said.get("lora") else None
-        if lora is None and path.count("+") == 1 and not absolute(path).exists():
+        if lora is None and path.count("+") == 1 and all(path.split("+")) and not os.path.exists(absolute(path)):
             path, _, lora = path.partition("+")
         return entry.model_copy(update={"path": absolute(path), "lora": absolute(lora) if lora else None})
 
@@ -257,7 +260,7 @@ def _missing_models(pool: FoldersPool, source: Source, where: Where) -> list[Pro
     if pool.base:
         places.insert(0, (("pool", "base"), pool.base))
     wanted = [(at, path) for at, entry in places for path in (entry.path, entry.lora) if path is not None]
-    missing = [(at, path) for at, path in wanted if path.is_absolute() and not path.exists()]
+    missing = [(at, path) for at, path in wanted if path.is_absolute() and not os.path.exists(path)]
     if source.packaged and missing:
         names = ", ".join(str(path) for _, path in missing)
         mend = f"say where your models are: spolia run {source.name} pool.base=PATH 'pool.experts=[PATH, PATH]'"
@@ -266,8 +269,7 @@ def _missing_models(pool: FoldersPool, source: Source, where: Where) -> list[Pro
 
 
 def _near_model(path: Path) -> str:
-    siblings = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-    names = [p.name for p in siblings if p.is_dir() or p.suffix == ".safetensors"]
+    names = names_in(path.parent, lambda p: p.is_dir() or p.suffix == ".safetensors")
     if names:
         return did_you_mean(path.name, names[:20])
     return "write a path, or a model of the hub as OWNER/NAME"
@@ -276,8 +278,8 @@ def _near_model(path: Path) -> str:
 def _near_recipes(name: str) -> str:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        folder = path.parent if path.parent.is_dir() else Path()
-        files = [p.as_posix() for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".yml")]
+        folder = path.parent if os.path.exists(path.parent) else Path()
+        files = [(folder / file).as_posix() for file in names_in(folder, _is_yaml)]
         return did_you_mean(name, files) if files else "check the path; `spolia new METHOD -o my.yaml` writes a recipe"
     ends = {known.rpartition("/")[2]: known for known in packaged()}
     key = name.rpartition("/")[2].lower().replace("-tiny", "").replace("-", "_") + "-tiny" * name.endswith("-tiny")
@@ -286,6 +288,10 @@ def _near_recipes(name: str) -> str:
     return did_you_mean(name, packaged())
 
 
+def _is_yaml(file: Path) -> bool:
+    return file.suffix in (".yaml", ".yml")
+
+
 def _recipes_in(folder: Path) -> str:
-    files = [p.as_posix() for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".yml")]
+    files = [(folder / file).as_posix() for file in names_in(folder, _is_yaml)]
     return f"it holds {', '.join(files[:5])}" if files else "give a YAML file or the name of a packaged recipe"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,16 @@ def is_hub_id(text: str, folders: Sequence[Path] = ()) -> bool:
     if found is None:
         return False
     owner = found[0].partition("/")[0]
-    return not any((folder / text).exists() or (folder / owner).exists() for folder in (*folders, Path.cwd()))
+    places = [folder / part for folder in (*folders, Path.cwd()) for part in (text, owner)]
+    return not any(map(os.path.exists, places))
+
+
+def names_in(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
+    """Names in `folder` of what is wanted, sorted; none where it cannot be looked into."""
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if wanted(entry))
+    except (OSError, ValueError):
+        return []
 
 
 def reference(text: str | os.PathLike[str], name: str | None = None) -> ModelRef:

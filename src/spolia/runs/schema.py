@@ -39,8 +39,15 @@ def _entry(value: Any) -> Any:
 
 
 def _name_of(path: str | Path) -> str:
-    absolute = os.path.abspath(Path(path).expanduser())
-    return Path(absolute).name or str(path)
+    return Path(os.path.abspath(at_home(path))).name or str(path)
+
+
+def at_home(path: str | Path) -> Path:
+    """`~` as the home folder; that of a user whom the system does not know stays as it is written."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 _ENTRY_SCHEMA: dict[str, Any] = {

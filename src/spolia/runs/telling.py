@@ -18,7 +18,13 @@ _THEIRS = (
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    print(f"{'warning' if category is SpoliaWarning else category.__name__}: {message}", file=sys.stderr)
+    kind = "warning" if category is SpoliaWarning else category.__name__
+    print(f"{kind}: {plain(str(message))}", file=sys.stderr)
+
+
+def plain(text: str) -> str:
+    """`text` without what would steer a terminal: names in it come from files that others made."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def explain(error: Exception) -> int:
@@ -26,7 +32,7 @@ def explain(error: Exception) -> int:
     if isinstance(error, SpoliaError):
         count = len(error.problems)
         head = f"{count} problems, nothing was done\n" if count > 1 else ""
-        print(f"{head}{error}", file=sys.stderr)
+        print(head + plain(str(error)), file=sys.stderr)
         return error.exit_code
     if isinstance(error, OSError) and error.errno in _THEIRS:
         what = f"{error.filename or 'the system'}: {error.strerror}"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spolia.catalog import Method, find
-from spolia.core.settings import MergeSettings, each
-from spolia.errors import Problems, SpoliaError, SpoliaWarning, did_you_mean
+from spolia.catalog import find
+from spolia.core.settings import Settings
+from spolia.errors import SpoliaError
+from spolia.runs import measuring
+from spolia.runs.asked import check_settings, checked_dtype, request_from, request_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from spolia.core.journal import Journal
+    from spolia.parts.network import Network
+    from spolia.runs.cost import Machine
     from spolia.runs.merging import Prepared
     from spolia.runs.plan import Plan
     from spolia.runs.recipe import Recipe
@@ -28,7 +30,7 @@ def merge(
     *,
     base: Any = None,
     method: str = "average",
-    settings: Mapping[str, Any] | MergeSettings | None = None,
+    settings: Mapping[str, Any] | Settings | None = None,
     out: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
     seed: int = 0,
@@ -36,6 +38,12 @@ def merge(
     chunk_memory: int = GB,
     max_shard_size: int = 5 * GB,
     overwrite: bool = False,
+    share: bool = False,
+    evaluate: Callable[[Path], Mapping[str, float]] | None = None,
+    network: Network | None = None,
+    unlabelled: Mapping[str, Any] | None = None,
+    tested_on: Mapping[str, Any] | None = None,
+    journal: Journal | str | os.PathLike[str] | None = None,
     progress: Any = None,
 ) -> Any:
     """Merge fine-tuned models into one.
@@ -43,158 +51,88 @@ def merge(
     `experts` and `base` are model folders or files, hub ids, modules or state dicts (experts as a list, or a mapping that
     names them); a LoRA adapter is `BASE+ADAPTER`, or its folder alone where `base` is given. Returns the merged state
     dict, in `dtype` or each tensor's own type; or, with `out`, writes a model folder there and returns its path (then all
-    models must be on disk). Nothing given is changed. Raises SpoliaError with everything that does not fit, before any
-    tensor is merged.
+    models must be on disk). `share` lets several processes that make the same call work on it together (docs/scale.md).
+    `evaluate` is called with the finished folder and returns a number for each task, higher is better;
+    they stand in its card and in results.json.
+    Methods that look at inputs (adamerging) take `network`, which runs the experts, and `unlabelled`, inputs by task (an
+    expert's name); they return Learned: weights, coefficients and what was seen. `tested_on`, inputs by task, are compared
+    with what was adapted on. `journal`, a folder, keeps their state, so that the same call goes on after a kill.
+    Nothing given is changed. Raises SpoliaError with everything that does not fit, before any tensor is merged.
     """
     if isinstance(experts, str | os.PathLike):
         raise SpoliaError("one path is given", where="experts", mend="give a list of models: [PATH, PATH]")
     chosen = find(method, "method")
+    if chosen.family != "merge":
+        raise SpoliaError(
+            f"{method} is no merge", where="method", mend=f"call spolia.{chosen.family}, or choose another"
+        )
     checked = check_settings(chosen, settings, len(experts))
+    if share and out is None:
+        raise SpoliaError("needs a folder that all processes see", where="share", mend="give `out`")
+    if evaluate is not None:
+        measuring.check(evaluate, out, share)
+    if chosen.data or any(given is not None for given in (network, unlabelled, tested_on, journal)):
+        from spolia.reports.card import render_card
+        from spolia.runs.learned import check_call, merge_learned
+
+        check_call(chosen, network, unlabelled, tested_on, journal)
+        learned, facts = merge_learned(
+            experts,
+            base,
+            chosen,
+            checked,
+            network,
+            unlabelled,
+            out=None if out is None else Path(out),
+            dtype=checked_dtype(dtype),
+            seed=seed,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            tested_on=tested_on,
+            journal=journal,
+            progress=progress,
+            render=render_card,
+        )
+        if out is None:
+            return learned
+        if evaluate is not None:
+            measuring.measure(Path(out), evaluate, facts, render_card)
+        return Path(out)
     if out is None:
-        return _merge_in_memory(experts, base, chosen, checked, dtype, seed, threads, chunk_memory, progress)
+        from spolia.runs.memory import merge_in_memory
+
+        return merge_in_memory(experts, base, chosen, checked, dtype, seed, threads, chunk_memory, progress)
     from spolia.runs.merging import run_merge
 
-    request = _request(experts, base, chosen, checked, dtype, seed)
-    return run_merge(
+    request = request_from(experts, base, chosen, checked, dtype, seed)
+    facts: dict[str, Any] = {}
+    folder = run_merge(
         request,
         Path(out),
         max_shard_size=max_shard_size,
         chunk_memory=chunk_memory,
         threads=threads,
         overwrite=overwrite,
+        share=share,
         progress=progress,
-        card=card_of,
+        card=lambda prepared, name: card_of(prepared, name, facts),
     )
+    if evaluate is not None:
+        from spolia.reports.card import render_card
+
+        measuring.measure(folder, evaluate, facts, render_card)
+    return folder
 
 
-def check_settings(method: Method, given: Mapping[str, Any] | MergeSettings | None, experts: int) -> MergeSettings:
-    """The method's settings object. SpoliaError names every field that is wrong."""
-    from pydantic import ValidationError
+def card_of(prepared: Prepared, name: str, facts: dict[str, Any] | None = None) -> str:
+    """The model card of the merged folder `name`; what it is made of goes to `facts` too."""
+    from spolia.reports.card import render_card
+    from spolia.runs.documents import card_facts
 
-    kind = method.settings_class()
-    if isinstance(given, MergeSettings):
-        if not isinstance(given, kind):
-            raise SpoliaError(f"{type(given).__name__} are not the settings of {method.name}", where="settings")
-        checked = given
-    else:
-        try:
-            checked = kind(**(given or {}))
-        except ValidationError as error:
-            problems = Problems()
-            for item in error.errors():
-                where = ".".join(["settings", *map(str, item["loc"][:1])])
-                unknown = item["type"] == "extra_forbidden"
-                what = f"{method.name} has no such setting" if unknown else item["msg"]
-                problems.add(where, what, did_you_mean(str(item["loc"][-1]), kind.model_fields) if unknown else "")
-            problems.raise_if_any()
-            raise
-    for field in kind.model_fields:
-        value = getattr(checked, field)
-        if isinstance(value, tuple):
-            try:
-                each(value, experts)
-            except ValueError as error:
-                raise SpoliaError(
-                    str(error), where=f"settings.{field}", mend="give one number, or one an expert"
-                ) from None
-    return checked
-
-
-def _merge_in_memory(
-    experts: Any,
-    base: Any,
-    method: Method,
-    settings: MergeSettings,
-    dtype: str | None,
-    seed: int,
-    threads: int | None,
-    memory: int,
-    progress: Any,
-) -> dict[str, Tensor]:
-    from spolia.core.stream import cores
-    from spolia.parts.align import align
-    from spolia.parts.expert import ExpertPool
-    from spolia.parts.merging import MemorySink, Merge
-    from spolia.runs.merging import fit_pool, output_dtypes
-    from spolia.runs.references import located
-
-    problems = Problems()
-    pool = ExpertPool.of(experts, base, located)
-    fit_pool(method, pool, problems)
-    problems.raise_if_any()
-    aligned, tied = align(pool, problems)
-    problems.raise_if_any()
-    for warning in problems.warnings:
-        warnings.warn(str(warning), SpoliaWarning, stacklevel=3)
-    dtypes = output_dtypes(aligned, _dtype(dtype))
-    sink = MemorySink.like(aligned, dtypes)
-    job = Merge(
-        pool,
-        aligned,
-        method.function(),
-        method.survey(),
-        lambda name: settings,
-        dtypes,
-        seed,
-        threads or cores(),
-        memory,
-    )
-    with pool.opened():
-        if progress is not None:
-            progress.start("merge", sum(tensor.numel * dtypes[tensor.name].size for tensor in aligned), "B")
-        job.run(sink, (), progress)
-        if progress is not None:
-            progress.finish()
-    merged = sink.tensors | {alias: sink.tensors[name] for alias, name in tied.items()}
-    order = pool.models[0].weights.entries
-    return {name: merged[name] for name in [*(n for n in order if n in merged), *(n for n in merged if n not in order)]}
-
-
-def _dtype(name: str | None) -> str | None:
-    known = ("bfloat16", "float16", "float32", "float64")
-    if name is not None and name not in known:
-        raise SpoliaError(f"`{name}` is not a type to write", where="dtype", mend=did_you_mean(name, known))
-    return name
-
-
-def _request(
-    experts: Any, base: Any, method: Method, settings: MergeSettings, dtype: str | None, seed: int
-) -> MergeRequest:
-    import json
-
-    from spolia.runs.references import reference, settled
-    from spolia.runs.request import MergeRequest, ModelRef
-
-    def ref(given: Any, name: str | None = None) -> ModelRef:
-        if not isinstance(given, str | os.PathLike):
-            raise SpoliaError(
-                f"a {type(given).__name__} cannot be streamed to a folder",
-                where=name or "experts",
-                mend="pass folders, or leave `out` away and save the returned state dict",
-            )
-        return reference(given, name)
-
-    named = experts.items() if isinstance(experts, Mapping) else [(None, expert) for expert in experts]
-    start = ref(base) if base is not None else None
-    listed = [settled(ref(given, name), start) for name, given in named]
-    call = {
-        "spolia": 1,
-        "seed": seed,
-        "pool": {"base": start.name if start else None, "experts": [e.name for e in listed]},
-        "method": {"name": method.name, **settings.model_dump(mode="json")},
-        "output": {"dtype": dtype},
-    }
-    return MergeRequest(
-        method, listed, lambda name: settings, start, _dtype(dtype), None, seed, json.dumps(call, indent=2) + "\n"
-    )
-
-
-def card_of(prepared: Prepared, name: str) -> str:
-    """The model card of the merged folder `name`."""
-    from spolia.report.card import render_card
-    from spolia.runs.merging import card_facts
-
-    return render_card(card_facts(prepared, name))
+    told = card_facts(prepared, name)
+    if facts is not None:
+        facts.update(told)
+    return render_card(told)
 
 
 def merge_recipe(
@@ -205,6 +143,7 @@ def merge_recipe(
     chunk_memory: int = GB,
     threads: int | None = None,
     overwrite: bool = False,
+    share: bool = False,
     seed: int | None = None,
     dry_run: bool = False,
     progress: Any = None,
@@ -218,6 +157,10 @@ def merge_recipe(
     source = read_source(str(path))
     if source.documents:
         from spolia.runs.mergekit_multi import Job, arrange
+
+        if share:
+            mend = "give each document a file of its own, and share one merge after the other"
+            raise SpoliaError("several documents cannot be shared", where=str(path), mend=mend)
 
         job = Job(
             arrange(list(source.documents)), source.folder, source.text, seed, max_shard_size, chunk_memory, threads
@@ -237,6 +180,7 @@ def merge_recipe(
         chunk_memory=chunk_memory,
         threads=threads,
         overwrite=overwrite,
+        share=share,
         progress=progress,
         card=card_of,
     )
@@ -258,44 +202,25 @@ def read_request(path: str | os.PathLike[str]) -> MergeRequest:
     return request_of(check_recipe(source))
 
 
-def request_of(recipe: Recipe) -> MergeRequest:
-    """The merge that a native recipe over folders asks for. Models of the hub are fetched."""
-    from spolia.runs.references import fetched, settled
-    from spolia.runs.request import MergeRequest, ModelRef
-    from spolia.runs.schema import FoldersPool
+def plan(
+    recipe: str | os.PathLike[str] | Recipe, overrides: Sequence[str] = (), *, machine: Machine | None = None
+) -> Plan:
+    """What running `recipe` would do, from headers alone: nothing is trained, read or written.
 
-    if not isinstance(recipe.pool, FoldersPool):
-        raise SpoliaError(
-            "trains its own experts: there are no folders to merge", where=recipe.name, mend=f"spolia run {recipe.name}"
-        )
-    models = [entry for entry in (recipe.pool.base, *recipe.pool.experts) if entry is not None]
-    refs = [ModelRef(e.name, Path(fetched(str(e.path))), e.lora and Path(fetched(str(e.lora)))) for e in models]
-    base = refs.pop(0) if recipe.pool.base is not None else None
-    return MergeRequest(
-        recipe.method,
-        [settled(ref, base) for ref in refs],
-        lambda name: recipe.settings,
-        base,
-        recipe.output.dtype,
-        seed=recipe.seed,
-        recipe=recipe.to_yaml(),
-    )
-
-
-def plan(recipe: str | os.PathLike[str] | Recipe, overrides: Sequence[str] = ()) -> Plan:
-    """What running `recipe` would do, from headers alone: nothing is trained, read or written."""
+    `machine` (a `spolia.runs.cost.Machine`) is where it is to run; by default here.
+    """
     from spolia.runs.engine import plan_recipe
     from spolia.runs.recipe import Recipe, check_recipe, read_source
 
     if isinstance(recipe, Recipe):
-        return plan_recipe(recipe)
+        return plan_recipe(recipe, machine=machine)
     source = read_source(str(recipe))
     if source.is_mergekit:
         from spolia.runs.merging import plan_merge
 
         _no_overrides(overrides)
-        return plan_merge(read_request(recipe))
-    return plan_recipe(check_recipe(source, overrides))
+        return plan_merge(read_request(recipe), machine=machine)
+    return plan_recipe(check_recipe(source, overrides), machine=machine)
 
 
 def _no_overrides(overrides: Sequence[str]) -> None:
@@ -331,6 +256,6 @@ def run(
 
 def report(folder: str | os.PathLike[str]) -> Path:
     """Write `report.html` of a run folder, finished or not, and return its path."""
-    from spolia.report.html import write_report
+    from spolia.reports.html import write_report
 
     return write_report(Path(folder))

@@ -6,7 +6,9 @@ YAML 1.1 reads `3e-4` as text; here it is a number, as everybody who writes it m
 
 from __future__ import annotations
 
+import pathlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +17,24 @@ import yaml
 from spolia.errors import Problems, SpoliaError
 
 Path = tuple[str | int, ...]
-_DEEPEST, _LARGEST = 40, 100_000  # aliases can make a short text grow without bound
+_DEEPEST, _LARGEST = 40, 30_000  # aliases can make a short text grow without bound
+_LONGEST = 500_000  # bytes; a recipe that names every layer of a large model has some 100 kB
+_DIGITS = 400  # of a number; Python itself refuses to write more than 4300
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 _TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value", "map", "seq", "merge")
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops at the first node too many."""
+
+    nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.nodes += 1
+        if self.nodes > _LARGEST:
+            raise RecursionError
+        return super().compose_node(parent, index)
 
 
 @dataclass
@@ -46,9 +63,22 @@ def dotted(path: Path) -> str:
     return text
 
 
+def text_of(path: pathlib.Path, name: str) -> str:
+    """The file's text, read no further than a recipe may be long: `/dev/zero` and a checkpoint are files too."""
+    with path.open("rb") as stream:
+        raw = stream.read(_LONGEST + 1)
+    if len(raw) > _LONGEST:
+        raise SpoliaError(f"has more than {_LONGEST:,} bytes", where=name, mend="give a recipe: a YAML file")
+    return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def load(text: str, name: str = "recipe") -> Marked:
     """The first document of `text`. Raises SpoliaError with the line on bad syntax, duplicate keys, or unsafe tags."""
-    documents = load_all(text, name)
+    return only(load_all(text, name), name)
+
+
+def only(documents: Sequence[Marked], name: str) -> Marked:
+    """The one document of a text; an empty one where there is none."""
     if len(documents) > 1:
         raise SpoliaError(f"{len(documents)} documents in one file", where=name, mend="keep one recipe a file")
     return documents[0] if documents else Marked(name, None)
@@ -57,10 +87,10 @@ def load(text: str, name: str = "recipe") -> Marked:
 def load_all(text: str, name: str = "recipe") -> list[Marked]:
     """Every document of `text`, in order."""
     try:
-        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        nodes = list(yaml.compose_all(text, Loader=_Loader))
     except RecursionError:
         raise SpoliaError(
-            "too deeply nested", where=name, mend="close brackets; a recipe is a few levels deep"
+            "too large or too deeply nested", where=name, mend="close brackets; a recipe is short and a few levels deep"
         ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -94,7 +124,6 @@ def _build(node: yaml.Node, path: Path, document: Marked, problems: Problems, de
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            document.lines.setdefault((*path, str(key_node.value)), key_node.start_mark.line + 1)
             key = _key(key_node, path, document)
             here = (*path, key)
             document.lines[here] = key_node.start_mark.line + 1
@@ -115,13 +144,24 @@ def _key(node: yaml.Node, path: Path, document: Marked) -> str:
         raise SpoliaError("a key must be a word", where=where, mend="put quotes around it")
     if node.tag == "tag:yaml.org,2002:merge":
         raise SpoliaError("merge keys (`<<`) are not read", where=where, mend="write the keys out")
+    _check_text(node, where)
     return node.value
+
+
+def _check_text(node: yaml.ScalarNode, where: str) -> None:
+    """Escapes can make characters that no file and no file's name holds."""
+    if bad := _UNWRITABLE.search(node.value):
+        raise SpoliaError(f"a character that cannot be written, {bad[0]!a}", where=where, mend="take it out")
 
 
 def _scalar(node: yaml.ScalarNode, document: Marked, path: Path) -> Any:
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if kind == "str":
+        _check_text(node, document.where(path))
         return float(node.value.replace("_", "")) if node.style is None and _FLOAT.match(node.value) else node.value
+    if kind in ("int", "float") and len(node.value) > _DIGITS:
+        what = f"a number of {len(node.value)} characters"
+        raise SpoliaError(what, where=document.where(path), mend="quote it if it is text")
     if kind in ("timestamp", "value"):
         return node.value  # a model called 2024-01-01 is a name
     try:

@@ -26,10 +26,11 @@ class ResidualMLP(nn.Module):
         self.width, self.depth = width, depth
         self.layers = nn.ModuleList(linear(width, width, generator) for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(nn.Identity() for _ in range(depth))  # where the state after a block can be hooked
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = x + nn.functional.gelu(norm(layer(x)))
+        for layer, norm, block in zip(self.layers, self.norms, self.blocks, strict=True):
+            x = block(x + nn.functional.gelu(norm(layer(x))))
         return x
 
     def config(self) -> dict[str, int | str]:

@@ -101,3 +101,10 @@ def test_a_tensor_that_one_expert_lacks_is_the_mean_of_the_others():
 def test_wrong_settings_are_named(given: dict[str, Any], message: str):
     with pytest.raises(SpoliaError, match=message):
         spolia.merge(experts(3), settings=given)
+
+
+@pytest.mark.parametrize("weight", [1e308, -1e31, (1e308, 1.0)])
+def test_a_weight_beyond_the_arithmetic_is_refused(weight: float | tuple[float, float]):
+    """1e308 twice sums to inf, and dividing by it would write zeros."""
+    with pytest.raises(spolia.SpoliaError, match="more than the arithmetic can carry"):
+        spolia.merge([{"a": torch.ones(2)}] * 2, method="average", settings={"weight": weight})

@@ -139,6 +139,7 @@ def test_ranks_run_from_the_smallest_of_the_row():
     assert ranks_in_rows(torch.tensor([[2.0, 1.0, 2.0, 0.0, 1.0]])).tolist() == [[3, 1, 4, 0, 2]]
 
 
+@pytest.mark.filterwarnings("ignore::spolia.errors.SpoliaWarning")  # of the narrowed window
 @pytest.mark.parametrize(("density", "epsilon"), [(0.3, 0.2), (0.2, 0.5), (0.9, 0.3), (0.5, 0.0)])
 def test_della_keeps_large_changes_more_often(density: float, epsilon: float):
     rows, row = 5_000, 6

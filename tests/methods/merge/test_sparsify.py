@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from fractions import Fraction
 from math import floor
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import spolia
-from spolia.errors import SpoliaError
+from spolia.errors import SpoliaError, SpoliaWarning
 
 State = dict[str, torch.Tensor]
 Vectors = dict[str, torch.Tensor]  # tensor name -> task vectors [experts, n], fp64
@@ -169,7 +170,10 @@ def test_dense_references(case: tuple[int, str, int, bool, dict[str, Any]], meth
     if grid and given["scope"] == "row":
         return  # which of equal magnitudes a row keeps is not promised: test_rows_keep_the_asked_number
     base, experts = pool(count, DTYPES[dtype], seed, grid)
-    close(merge(method, base, experts, given), dense(base, experts, given, elect=method != "breadcrumbs"))
+    want = dense(base, experts, given, elect=method != "breadcrumbs")
+    if method == "breadcrumbs":
+        del given["zero_sign"]  # it elects none, and says so
+    close(merge(method, base, experts, given), want)
 
 
 FULL = {
@@ -297,3 +301,49 @@ def test_every_wrong_setting_is_told_at_once():
     with pytest.raises(SpoliaError) as caught:
         merge("ties", base, experts, {"density": 2, "gamma": -1, "epsilon": 0.1})
     assert [p.where for p in caught.value.problems] == ["settings.density", "settings.gamma", "settings.epsilon"]
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "breadcrumbs_ties"])
+def test_no_probability_to_rescale_by(method: str):
+    base, experts = pool(2, torch.float32, 0, grid=False)
+    with pytest.raises(SpoliaError, match=r"settings\.rescale.*no probability.*`l1` or `none`"):
+        merge(method, base, experts, {"rescale": "inverse_p"})
+
+
+@pytest.mark.parametrize(("method", "other"), [("dare", "+"), ("breadcrumbs", "+"), ("della_linear", "majority")])
+def test_a_sign_nobody_elects_is_told(method: str, other: str):
+    base, experts = pool(2, torch.float32, 0, grid=False)
+    with pytest.warns(SpoliaWarning, match=r"settings\.zero_sign: `.*` has no effect"):
+        got = merge(method, base, experts, {"zero_sign": other})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SpoliaWarning)
+        plain = merge(method, base, experts, {})
+    assert all(torch.equal(got[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+@pytest.mark.parametrize(
+    ("given", "window"),
+    [
+        ({"density": 0.3, "epsilon": 0.4}, r"1\.52588e-05\.\.0\.599985"),
+        ({"density": (0.3, 0.9), "epsilon": 0.2}, r"0\.8\.\.1"),
+        ({"density": 0.9, "epsilon": (0.05, 0.2)}, r"0\.8\.\.1"),
+        ({"density": (0.5, 0.9), "epsilon": (0.3, 0.2)}, r"0\.8\.\.1"),
+    ],
+)
+def test_a_narrowed_window_is_told_once(method: str, given: dict[str, Any], window: str):
+    base, experts = pool(2, torch.float32, 0, grid=False)
+    with pytest.warns(SpoliaWarning) as caught:
+        merge(method, base, experts, given)
+    (told,) = (str(w.message) for w in caught if issubclass(w.category, SpoliaWarning))
+    assert re.search(rf"settings\.epsilon: density .* leave 0\.\.1\n  mend: the window is narrowed to {window};", told)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"density": (1.0, 0.0), "epsilon": 0.5}, {"density": 0.5, "epsilon": (0.4, 0.0)}]
+)
+def test_a_window_that_fits_is_not_told(given: dict[str, Any]):
+    base, experts = pool(2, torch.float32, 0, grid=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SpoliaWarning)
+        merge("della", base, experts, given)

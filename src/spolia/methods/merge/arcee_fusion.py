@@ -48,12 +48,15 @@ class ArceeFusion(MergeSettings):
 
 def arcee_fusion(stack: Stack, settings: ArceeFusion) -> Iterator[tuple[Block, Tensor]]:
     """Merged blocks of one tensor: [n] each."""
-    divergence = {block.start: _divergence(block, stack.row) for block in stack.blocks(whole_rows=True)}
+    row = max(stack.row, 1)
+    divergence = torch.empty(stack.numel // row, 1, dtype=torch.float64)  # one piece: many small ones split the heap
+    for block in stack.blocks(whole_rows=True):
+        divergence[block.start // row : block.stop // row] = _divergence(block, row)
 
     def importance(block: Block) -> Tensor:
         assert block.base is not None
         rows = (block.experts[0] - block.base).abs_().view(-1, stack.row)
-        return rows.mul_(divergence[block.start].to(rows.dtype)).view(-1)
+        return rows.mul_(divergence[block.start // row : block.stop // row].to(rows.dtype)).view(-1)
 
     threshold = _threshold(stack, importance, settings.spread)
     for block in stack.blocks(whole_rows=True):

@@ -74,7 +74,8 @@ def rescalers(model: Model, settings: Emr) -> list[float]:
             deltas = block.deltas()
             elected = _elected(deltas)
             before[stack.places] += deltas.abs().sum(1, dtype=torch.float64)
-            after[stack.places] += _kept(deltas, elected).mul(elected.abs_()).sum(1, dtype=torch.float64)
+            agreeing = deltas.sign_().mul_(elected.sign()).clamp_(min=0)
+            after[stack.places] += agreeing.mul_(elected.abs_()).sum(1, dtype=torch.float64)
         size = stack.numel if settings.rescale == "tensors" else 1
         return (before / max(size, 1)).tolist(), (after / max(size, 1)).tolist()
 
@@ -85,7 +86,8 @@ def rescalers(model: Model, settings: Emr) -> list[float]:
 
 def _elected(deltas: Tensor) -> Tensor:
     """tau_u [n] of task vectors [experts, n]."""
-    sign = torch.where(deltas.sum(0) > 0, 1.0, -1.0).to(deltas.dtype)
+    one = torch.ones((), dtype=deltas.dtype)
+    sign = torch.copysign(one, 0 - deltas.sum(0)).neg_()  # 0 - 0 is +0, so that a sum of zero gives minus
     return (deltas * sign).clamp_(min=0).amax(0).mul_(sign)
 
 

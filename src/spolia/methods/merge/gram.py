@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PIECE = 1 << 15  # elements of each model held in fp64 at a time: they stay in the cache
+
+
 def vectors(block: Block) -> Tensor:
     """Task vectors where there is a base, else the experts themselves: [experts, n], in the place of `experts`."""
     return block.experts if block.base is None else block.deltas()
@@ -25,8 +28,9 @@ def gram(stack: Stack) -> Tensor:
     """Inner products of the whole tensors: fp64 [experts, experts]."""
     total = torch.zeros(len(stack.experts), len(stack.experts), dtype=torch.float64)
     for block in stack.blocks():
-        wide = vectors(block).double()
-        total.addmm_(wide, wide.t())
+        for piece in vectors(block).split(PIECE, dim=1):
+            wide = piece.double()
+            total.addmm_(wide, wide.t())
     return total
 
 

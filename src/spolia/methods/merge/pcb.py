@@ -105,8 +105,10 @@ def pcb(stack: Stack, settings: Pcb, survey: Survey) -> Iterator[tuple[Block, Te
         scores = _scores(deltas, low, high, len(survey.low))
         shares = torch.maximum(scores, threshold.unsqueeze(1)).sub_(threshold.unsqueeze(1))
         shares.div_(spread.where(spread > 0, torch.inf))
-        clamped = deltas.sign() * deltas.abs().clamp_(low.unsqueeze(1), high.unsqueeze(1))
-        mix = clamped.mul_(shares).mul_(weight).sum(0).div_(shares.sum(0).clamp_(min=1e-12))
+        clamped = deltas.abs()
+        for row, least, most in zip(clamped, low.tolist(), high.tolist(), strict=True):
+            row.clamp_(least, most)
+        mix = clamped.mul_(deltas.sign_()).mul_(shares).mul_(weight).sum(0).div_(shares.sum(0).clamp_(min=1e-12))
         assert block.base is not None
         yield block, block.base.add_(mix, alpha=settings.scale)
 
@@ -118,9 +120,9 @@ def _blame(stack: Stack) -> None:
 
 def _scores(deltas: Tensor, low: Tensor, high: Tensor, experts: int) -> Tensor:
     """exp(K (minmax(|tau|)^2 - 1)) tanh(tau sum tau): [experts, n]."""
-    spread = (high - low).unsqueeze(1)
-    size = deltas.abs().clamp_(low.unsqueeze(1), high.unsqueeze(1)).sub_(low.unsqueeze(1))
-    size.div_(spread.where(spread > 0, torch.inf))
+    size = deltas.abs()
+    for row, least, most in zip(size, low.tolist(), high.tolist(), strict=True):
+        row.clamp_(least, most).sub_(least).div_(most - least if most > least else math.inf)
     intra = size.square_().sub_(1).mul_(experts).exp_()
     return (deltas * deltas.sum(0)).tanh_().mul_(intra)
 

@@ -79,7 +79,7 @@ def ram(stack: Stack, settings: Ram, survey: Tensor | None = None) -> Iterator[t
         factor = (1 + settings.boost * ratio).to(stack.dtype).unsqueeze(1)  # [experts, 1]
     for block in stack.blocks():
         changes = torch.nn.functional.hardshrink(block.deltas(), settings.epsilon)
-        active = changes.count_nonzero(0)
+        active = _active(changes).sum(0)
         mix = changes.sum(0).div_(active.clamp(min=1))
         if factor is not None:
             mix = torch.where(active == 1, changes.mul_(factor).sum(0), mix)
@@ -91,7 +91,13 @@ def _counts(stack: Stack, epsilon: float) -> Tensor:
     """How many active elements each expert shares with others, and how many are its own: int64 [2, experts]."""
     total = torch.zeros(2, len(stack.experts), dtype=torch.int64)
     for block in stack.blocks():
-        active = torch.nn.functional.hardshrink(block.deltas(), epsilon) != 0
-        alone = active.logical_and(active.sum(0) == 1).sum(1)
-        total += torch.stack([active.sum(1) - alone, alone])
+        active = _active(torch.nn.functional.hardshrink(block.deltas(), epsilon))
+        every = active.sum(1)
+        alone = active.mul_((2 - active.sum(0)).clamp_(min=0)).sum(1)  # 2 - n is 1 where n = 1, else it does not count
+        total += torch.stack([every - alone, alone]).long()
     return total
+
+
+def _active(changes: Tensor) -> Tensor:
+    """1 where an element is not 0, else 0: fp32 [experts, n]. Faster than masks, and sums of a block are exact."""
+    return changes.sign().abs_()

@@ -15,7 +15,7 @@ Wan et al., FuseChat: Knowledge fusion of chat models, EMNLP 2025, arXiv 2408.07
 Of elements that have the variance at the threshold those of lowest index are kept; a sum that cancels counts as
 positive. One expert has no variance: below density 1 nothing of it is kept. mergekit calls changes whose mean squares
 sum to less than 1e-6 none, and gives all models equal weight then: `floor` does the same, but is 0 here, since ordinary
-fine-tuning changes weights by less. Two reads; five with a selection. Data touched: none.
+fine-tuning changes weights by less. Two reads; three, rarely five, with a selection. Data touched: none.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from spolia.core.lazy import np, torch
-from spolia.core.select import Cut, cuts
+from spolia.core.select import Cut, cut_of_nonzero
 from spolia.core.settings import MergeSettings, setting
 from spolia.core.stream import Block, Stack
+from spolia.methods.merge.gram import PIECE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,8 @@ def _weights(stack: Stack, selected: Callable[[], Callable[[Tensor], Tensor]], f
     """Each model's share of the squared changes: fp64 [experts]."""
     squares, keep = torch.zeros(len(stack.experts), dtype=torch.float64), selected()
     for block in stack.blocks():
-        squares += keep(block.deltas()).double().square_().sum(1)
+        for piece in keep(block.deltas()).split(PIECE, dim=1):
+            squares += piece.double().square_().sum(1)
     total = float(squares.sum())
     if total == 0 or total / stack.numel < floor:
         return torch.full_like(squares, 1 / len(squares))
@@ -75,17 +77,8 @@ def _selection(stack: Stack, density: float) -> Callable[[], Callable[[Tensor], 
     """Makes, for each sweep, a `keep` that zeroes task vectors where the models differ little."""
     if density >= 1:
         return lambda: lambda deltas: deltas
-    differ = sum(int(_variance(block.deltas()).count_nonzero()) for block in stack.blocks())
-    rank = int(density * differ + 1e-9)
-    if rank == 0:
-        return lambda: torch.Tensor.zero_
-
-    def sweep(count: Callable[[Tensor, Tensor], None], totals: Tensor) -> None:
-        for block in stack.blocks():
-            count(_variance(block.deltas()).unsqueeze(0), totals)
-
-    ((cut,),) = cuts(sweep, [[rank]], stack.dtype)
-    return lambda: _above(cut)
+    cut = cut_of_nonzero(stack, _variance, density)
+    return (lambda: torch.Tensor.zero_) if cut is None else lambda: _above(cut)
 
 
 def _above(cut: Cut) -> Callable[[Tensor], Tensor]:
@@ -95,10 +88,12 @@ def _above(cut: Cut) -> Callable[[Tensor], Tensor]:
         nonlocal left
         variance = _variance(deltas).numpy()
         kept = variance > cut.value
-        equal = np.flatnonzero(variance == cut.value)[:left]
-        kept[equal] = True
-        left -= equal.size
-        return deltas.mul_(torch.from_numpy(kept))
+        if left:
+            equal = np.flatnonzero(variance == cut.value)[:left]
+            kept[equal] = True
+            left -= equal.size
+        np.multiply(deltas.numpy(), kept, out=deltas.numpy())  # four times faster than torch's
+        return deltas
 
     return keep
 

@@ -264,8 +264,13 @@ def _magprune(stack: Stack, windows: list[tuple[float, float]], inverse: bool) -
     return keep
 
 
+def half_window(density: float, epsilon: float) -> float:
+    """Epsilon, or as much of it as keeps the window's probabilities above 0 and at most 1."""
+    return min(epsilon, density - 2**-16, 1 - density)
+
+
 def keep_levels(rank: Tensor, row: int, density: float, epsilon: float) -> Tensor:
     """Keep-probability of each rank in 65536ths, rising linearly over a window that stays inside (0, 1]: fp32."""
-    half = min(epsilon, density - 2**-16, 1 - density) if row > 1 else 0.0
+    half = half_window(density, epsilon) if row > 1 else 0.0
     step = 2 * half / max(row - 1, 1)
     return rank.to(torch.float32).mul_(step * 65536).add_((density - half) * 65536).round_().clamp_(1, 65536)

@@ -29,15 +29,18 @@ window is narrowed where it would leave [0, 1]; a one-element row has the densit
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from itertools import product
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from spolia.core.lazy import torch
 from spolia.core.settings import MergeSettings, PerModel, each, setting
 from spolia.core.stream import Block, Stack
-from spolia.methods.merge.sparsifiers import Survey, by_rows, rescaled, survey
+from spolia.errors import Problem, SpoliaWarning
+from spolia.methods.merge.sparsifiers import Survey, by_rows, half_window, rescaled, survey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +72,22 @@ class Sparsified(MergeSettings):
     def _share(cls, value: PerModel) -> PerModel:
         if not all(0 <= v <= 1 for v in ((value,) if isinstance(value, int | float) else value)):
             raise ValueError("must lie in 0..1")
+        return value
+
+    @field_validator("rescale")
+    @classmethod
+    def _has_probabilities(cls, value: str) -> str:
+        if value == "inverse_p" and cls.kind == "magnitude":
+            raise ValueError("nothing is dropped at random here, so there is no probability: use `l1` or `none`")
+        return value
+
+    @field_validator("zero_sign")
+    @classmethod
+    def _has_votes(cls, value: str, info: ValidationInfo) -> str:
+        if not cls.elect and value != cls.model_fields["zero_sign"].default:
+            warn_unless_told(
+                info, "zero_sign", f"`{value}` has no effect: this method elects no signs", "leave it away"
+            )
         return value
 
     @property
@@ -160,6 +179,17 @@ class Della(Sparsified):
         source=_DELLA,
     )
 
+    @model_validator(mode="after")
+    def _window_fits(self, info: ValidationInfo) -> Della:
+        densities, epsilons = (v if isinstance(v, tuple) else (v,) for v in (self.density, self.epsilon))
+        alike = len(densities) == len(epsilons)
+        for d, epsilon in zip(densities, epsilons, strict=True) if alike else product(densities, epsilons):
+            if 0 < d < 1 and (half := half_window(d, epsilon)) < epsilon:
+                what = f"density {d:g} and epsilon {epsilon:g} leave 0..1"
+                mend = f"the window is narrowed to {d - half:g}..{d + half:g}; choose a smaller epsilon"
+                warn_unless_told(info, "epsilon", what, mend)
+        return self
+
 
 class DellaLinear(Della):
     """Settings of `della_linear`."""
@@ -167,6 +197,12 @@ class DellaLinear(Della):
     elect: ClassVar[bool] = False
     scale: float = setting(0.3, "lambda, factor of the summed task vectors", source="as task_arithmetic")
     normalize: bool = setting(False, "divide by the sum of the weights", source="as task_arithmetic")
+
+
+def warn_unless_told(info: ValidationInfo, field: str, what: str, mend: str) -> None:
+    """A SpoliaWarning, unless whoever validates has told it in the words of the recipe's reader."""
+    if not (info.context or {}).get("told"):
+        warnings.warn(str(Problem(f"settings.{field}", what, mend)), SpoliaWarning, stacklevel=2)
 
 
 def sparsified(stack: Stack, settings: Sparsified, survey: Survey | None = None) -> Iterator[tuple[Block, Tensor]]:
@@ -187,15 +223,36 @@ def sparsified(stack: Stack, settings: Sparsified, survey: Survey | None = None)
         yield block, block.base.add_(mix, alpha=settings.scale)
 
 
+def separated(stack: Stack, settings: Sparsified, survey: Survey | None = None) -> Iterator[tuple[Block, Tensor]]:
+    """What `sparsified` adds, before it is added: the experts' changes, zero where another sign was elected. [experts, n]
+
+    Weights and scale play no part, in the vote neither; TIES vectors of AdaMerging++ are these.
+    """
+    sweep, ratio = rescaled(stack, settings, survey)
+    tie_sign = survey.majority if survey is not None and settings.zero_sign == "majority" else 1.0
+    keep = sweep()
+    for block in stack.blocks(by_rows(settings)):
+        changes = keep(block, block.deltas()).mul_(ratio)
+        if settings.elect:
+            sign = _elected(changes, tie_sign)
+            changes.mul_(sign).clamp_(min=0).mul_(sign)
+        yield block, changes
+
+
+def _elected(changes: Tensor, tie_sign: float) -> Tensor:
+    """The sign of the sum, 1 or -1. [experts, n] -> [n]"""
+    votes = changes.sum(0)
+    one = torch.ones((), dtype=votes.dtype)
+    # A cancelled vote is +0, so copysign counts it as plus; 0 - votes is +0 too, so this way it counts as minus.
+    return torch.copysign(one, votes) if tie_sign > 0 else torch.copysign(one, 0 - votes).neg_()
+
+
 def _agreed(changes: Tensor, share: Tensor, normalize: bool, tie_sign: float) -> Tensor:
     """Sum (or weighted mean) over the experts whose change has the elected sign. [experts, n] -> [n]
 
     Comparisons and masks cost several times a multiplication, so signs do the selecting.
     """
-    votes = changes.sum(0)
-    one = torch.ones((), dtype=votes.dtype)
-    # A cancelled vote is +0, so copysign counts it as plus; 0 - votes is +0 too, so this way it counts as minus.
-    sign = torch.copysign(one, votes) if tie_sign > 0 else torch.copysign(one, 0 - votes).neg_()
+    sign = _elected(changes, tie_sign)
     agreeing = changes.mul_(sign).clamp_(min=0)
     mix = agreeing.sum(0).mul_(sign)
     if normalize:
