@@ -194,6 +194,21 @@ METHODS: tuple[Method, ...] = (
         _MERGE + "adamerging:adamerging", "AdaMerging", data="unlabelled inputs",
     ),
     Method(
+        "fisher", "merge", "weights averaged by how much each expert's predictions depend on them",
+        "Matena & Raffel 2022, arXiv 2111.09832", "weights; unlabelled inputs",
+        "256 inputs a task, up to 16 backward passes each", _MERGE + "fisher:fisher", "Fisher", data="unlabelled inputs",
+    ),
+    Method(
+        "regmean", "merge", "linear layers solved for, to do on each task's inputs what its expert does",
+        "Jin et al. 2023, arXiv 2212.09849", "weights; unlabelled inputs", "256 inputs a task and a solve a layer",
+        _MERGE + "regmean:regmean", "RegMean", data="unlabelled inputs",
+    ),
+    Method(
+        "regmean_plus", "merge", "as regmean, layer after layer, on what the merged layers before make of the inputs",
+        "Nguyen et al. 2025, arXiv 2508.03121", "weights; unlabelled inputs", "256 inputs a task, a pass a layer",
+        _MERGE + "regmean:regmean_plus", "RegMeanPlus", aliases=("regmean_plusplus",), data="unlabelled inputs",
+    ),
+    Method(
         "surgery", "surgery", "take from a merged model's last feature what merging put there, task by task",
         "Yang et al. 2024, arXiv 2402.02705", "merged weights + experts; unlabelled inputs; the task, when used",
         "1 pass of inputs through each model, then seconds", _SURGERY + "surgery:surgery", "Surgery",

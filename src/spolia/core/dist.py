@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,13 +34,17 @@ def summed(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def joined() -> Iterator[tuple[int, int]]:
-    """Under torchrun, inside a process group: the one there is, or one formed for the while. Yields rank and number."""
+    """Under torchrun, inside a process group: the one there is, or one formed now. Yields rank and number.
+
+    A group formed here stays until the process ends: another one at the same address could meet what is left of it.
+    """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or not torch.distributed.is_available()
-    if alone or torch.distributed.is_initialized():
-        yield world()
-        return
-    torch.distributed.init_process_group("gloo")  # what is summed here lies in main memory
-    try:
-        yield world()
-    finally:
+    if not (alone or torch.distributed.is_initialized()):
+        torch.distributed.init_process_group("gloo")  # what is summed here lies in main memory
+        atexit.register(_leave)
+    yield world()
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

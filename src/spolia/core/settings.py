@@ -35,6 +35,7 @@ class MergeSettings(Settings):
     base: ClassVar[str] = "required"  # required | optional | unused
     experts: ClassVar[tuple[int, int | None]] = (1, None)  # fewest and most experts
     masked: ClassVar[bool] = False  # True where each expert gets a mask that brings it back from the merged model
+    vectors: ClassVar[bool] = False  # True where base and task vectors are all it sees: these may be changed first
     base_counts: ClassVar[bool] = False  # True where an optional base is one of these, as an end of the arc is
 
     @property
@@ -58,6 +59,7 @@ class LearnedSettings(Settings):
     base: ClassVar[str] = "required"
     experts: ClassVar[tuple[int, int | None]] = (1, None)
     masked: ClassVar[bool] = False
+    vectors: ClassVar[bool] = False  # as above
     base_counts: ClassVar[bool] = False
 
 

@@ -115,6 +115,7 @@ class Stack:
     spare_bytes: int = 0  # memory a method may keep between sweeps
     stop: threading.Event | None = None
     block: int = BLOCK
+    grain: int = 1  # elements that no block parts: whole rows of whoever reads this stack
 
     @property
     def numel(self) -> int:
@@ -135,9 +136,10 @@ class Stack:
         return torch.float64 if any(plane.dtype.code == "F64" for plane in planes) else torch.float32
 
     def blocks(self, whole_rows: bool = False) -> Iterator[Block]:
-        """The span in blocks of `block` elements, or of as many whole rows as come near it (one at least)."""
+        """The span in blocks of `block` elements, or of as many whole rows, or grains, as come near it (one at least)."""
         low, high = self.span
-        step = max(1, self.block // self.row) * self.row if whole_rows and self.row else self.block
+        grain = max(self.grain, self.row if whole_rows else 1)
+        step = max(1, self.block // grain) * grain
         size = min(step, high - low)
         base = torch.empty(size, dtype=self.dtype) if self.base is not None else None
         experts = torch.empty(len(self.experts), size, dtype=self.dtype)

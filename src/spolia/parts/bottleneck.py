@@ -131,6 +131,7 @@ class Adapters(nn.Module):
         from safetensors.torch import save_file
 
         about = {
+            "format": FORMAT,
             "tasks": self.tasks,
             "sites": [asdict(site) for site in self.sites],
             "ranks": [len(b.down) for b in self.sets[0]],  # type: ignore[union-attr]
@@ -145,7 +146,7 @@ class Adapters(nn.Module):
         os.close(handle)
         try:
             tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-            save_file(tensors, name, {"format": FORMAT, "about": json.dumps(about, allow_nan=False)})
+            save_file(tensors, name, {"about": json.dumps(about, allow_nan=False)})  # several keys have no fixed order
             flush(Path(name))
             Path(name).replace(target)
         finally:
@@ -165,9 +166,9 @@ class Adapters(nn.Module):
             mend = "give the file that Adapters.save wrote"
             raise SpoliaError(f"cannot be read: {error}", where=str(file), mend=mend) from None
         try:
-            if metadata.get("format") != FORMAT:
-                raise ValueError("another format")
             about = json.loads(metadata["about"])
+            if about["format"] != FORMAT:
+                raise ValueError("another format")
             sites = [Site(**site) for site in about["sites"]]
             count = 1 if about["shared"] else len(about["tasks"])
             pairs = list(zip(sites, about["ranks"], strict=True))

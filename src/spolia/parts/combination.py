@@ -8,7 +8,7 @@ task vectors twice, once to add them and once to project on them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ from spolia.errors import Problems
 from spolia.parts.align import Aligned, align
 from spolia.parts.expert import ExpertPool
 from spolia.parts.network import Network
-from spolia.parts.pieces import Piece, Prepared, Storage, held
+from spolia.parts.pieces import Piece, Storage, held
+from spolia.parts.preprocessed import Step
 from spolia.parts.statistics import statistics_of
 
 if TYPE_CHECKING:
@@ -43,16 +44,20 @@ class Combination:
 
     @classmethod
     def of(
-        cls, pool: ExpertPool, network: Network, prepared: Prepared | None, storage: Storage, seed: int = 0
+        cls, pool: ExpertPool, network: Network, steps: Sequence[Step] | None, storage: Storage, seed: int = 0
     ) -> Combination:
-        """Reads all models once (what `prepared` surveys comes on top). Use inside `pool.opened()`."""
+        """Reads all models once, and what is surveyed by the pool's steps and `steps`, which follow them, on top.
+
+        Use inside `pool.opened()`.
+        """
+        pool = replace(pool, steps=(*pool.steps, *(steps or ())))
         aligned, tied = fitted(pool, network)
         network = replace(network, module=copy.deepcopy(network.module).requires_grad_(False))
         targets = _targets(network.module)
         running = statistics_of(network.module)
         combined = [t for t in aligned if t.arithmetic and t.name not in running]
         threads = torch.get_num_threads()
-        pieces = held(pool, combined, targets, prepared, storage, seed, threads)
+        pieces = held(pool, combined, targets, storage, seed, threads)
         others = {t.name: targets[t.name] for t in aligned if not t.arithmetic or t.name in running}
         reached = torch.zeros(len(pieces), dtype=torch.bool)
         made = cls(pool, network, aligned, tied, pieces, others, reached, threads=threads)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spolia.parts.inputs import Inputs
+    from spolia.parts.preprocessed import Step
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ class ExpertPool:
     experts: list[Expert]
     base: Expert | None = None
     config: dict[str, Any] | None = field(default=None)
+    steps: tuple[Step, ...] = ()  # what is done to the task vectors before they are merged, in this order
 
     @property
     def models(self) -> list[Expert]:

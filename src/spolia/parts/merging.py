@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spolia.core.checkpoint import Dtype
@@ -16,6 +16,7 @@ from spolia.core.stream import BLOCK, WIDE_BLOCK, Stack, Stopped, in_parallel, w
 from spolia.errors import SpoliaError
 from spolia.parts.align import Aligned
 from spolia.parts.expert import ExpertPool
+from spolia.parts.preprocessed import Changed, Step
 from spolia.parts.surveyed import PART, WholeModel
 from spolia.parts.together import together, units_of
 
@@ -65,6 +66,7 @@ class Merge:
     threads: int = 1
     memory: int = 1_000_000_000  # bytes for blocks and what methods keep between sweeps
     allow_nonfinite: bool = False
+    found: list[Any] = field(default_factory=list)  # by the pool's steps, as far as they are surveyed
 
     def settings(self, tensor: Aligned) -> MergeSettings:
         """The tensor's settings, per-model fields reduced to the experts that have it, in its order."""
@@ -77,13 +79,20 @@ class Merge:
         parts = []
         for index, tensor in enumerate(self.tensors):
             split = not tensor.arithmetic or self.settings(tensor).elementwise
-            step = PART if split else max(tensor.numel, 1)
-            parts += [Part(index, start, min(start + step, tensor.numel)) for start in range(0, tensor.numel, step)]
+            spans = self.spans(tensor) if split else [(0, tensor.numel)]
+            parts += [Part(index, start, stop) for start, stop in spans if stop > start]
         return sorted(parts, key=lambda part: part.stop - part.start, reverse=True)
+
+    def spans(self, tensor: Aligned) -> list[tuple[int, int]]:
+        """The tensor in pieces of work; in one where a step of the pool wants it whole."""
+        split = all(step.settings.elementwise for step in self.pool.steps)
+        size = PART if split else max(tensor.numel, 1)
+        return [(start, min(start + size, tensor.numel)) for start in range(0, tensor.numel, size)]
 
     def workers(self) -> int:
         """Threads that fit the memory. SpoliaError when not even one does."""
-        return affordable_workers(self.tensors, len(self.pool.experts), self.threads, self.memory, self.settings_for)
+        count, steps = len(self.pool.experts), self.pool.steps
+        return affordable_workers(self.tensors, count, self.threads, self.memory, self.settings_for, steps)
 
     def run(self, sink: Sink, done: Collection[str] = (), progress: Any = None, claims: Claims | None = None) -> None:
         """Merge every part not in `done`, or with `claims` those that no other process merges, until all are merged.
@@ -94,8 +103,10 @@ class Merge:
         parts = [part for part in self.parts() if part.key not in done]
         workers = self.workers()
         survey = None
-        if self.survey is not None and any(tensor.arithmetic for tensor in self.tensors):
-            survey = self.survey(self.model(workers, claims, progress), self.settings_for(self.tensors[0].name))
+        if (self.survey is not None or self.pool.steps) and any(tensor.arithmetic for tensor in self.tensors):
+            model = self.model(workers, claims, progress)
+            if self.survey is not None:
+                survey = self.survey(model, self.settings_for(self.tensors[0].name))
         counted = threading.Lock()
 
         def work(part: Part, stop: threading.Event) -> None:
@@ -129,8 +140,14 @@ class Merge:
         return (part.stop - part.start) * self.dtypes[self.tensors[part.index].name].size
 
     def model(self, workers: int, claims: Claims | None = None, progress: Any = None) -> WholeModel:
-        """All its tensors, as a survey sees them; with `claims` each sweep is shared with the other processes."""
-        return WholeModel(self, workers, claims, progress)
+        """All its tensors, as a survey sees them once the pool's steps are surveyed, each behind those before it.
+
+        With `claims` each sweep is shared with the other processes.
+        """
+        model = WholeModel(self, workers, claims, progress)
+        for step in self.pool.steps[len(self.found) :]:
+            self.found.append(step.survey(model, step.settings))
+        return model
 
     def stack(self, tensor: Aligned, span: tuple[int, int], stop: threading.Event | None, workers: int = 1) -> Stack:
         models = self.pool.models
@@ -139,7 +156,7 @@ class Merge:
             return models[where[0]].weights.plane(where[1], models[where[0]].name)
 
         spare = self.memory // workers - worker_bytes(len(models))
-        return Stack(
+        stack = Stack(
             tensor.name,
             tensor.shape,
             plane(tensor.base) if tensor.base is not None else None,
@@ -150,6 +167,9 @@ class Merge:
             max(spare, 0),
             stop,
         )
+        for step, found in zip(self.pool.steps, self.found, strict=False):  # those that are surveyed
+            stack = Changed.of(stack, step, found)
+        return stack
 
     def _merge(self, part: Part, survey: Any, sink: Sink, stop: threading.Event, workers: int) -> None:
         tensor = self.tensors[part.index]
@@ -203,10 +223,15 @@ def _too_large(name: str, values: Tensor, cast: Tensor) -> SpoliaError:
 
 
 def affordable_workers(
-    tensors: Sequence[Aligned], experts: int, threads: int, memory: int, settings_for: SettingsFor
+    tensors: Sequence[Aligned],
+    experts: int,
+    threads: int,
+    memory: int,
+    settings_for: SettingsFor,
+    steps: Sequence[Step] = (),
 ) -> int:
     """Threads of at most `threads` whose blocks fit `memory` bytes. SpoliaError when not even one does."""
-    need, largest = bytes_needed(tensors, experts, settings_for)
+    need, largest = bytes_needed(tensors, experts, settings_for, steps)
     if memory < need:
         what = f": tensor `{largest}` is merged in one piece" if largest else ""
         raise SpoliaError(
@@ -217,7 +242,9 @@ def affordable_workers(
     return max(1, min(threads, memory // need))
 
 
-def bytes_needed(tensors: Sequence[Aligned], experts: int, settings_for: SettingsFor) -> tuple[int, str]:
+def bytes_needed(
+    tensors: Sequence[Aligned], experts: int, settings_for: SettingsFor, steps: Sequence[Step] = ()
+) -> tuple[int, str]:
     """Memory of one worker, and the tensor that asks for so much when it is merged in one piece."""
     need, largest = 0, ""
     for tensor in tensors:
@@ -225,6 +252,8 @@ def bytes_needed(tensors: Sequence[Aligned], experts: int, settings_for: Setting
         row = WIDE_BLOCK if settings.elementwise else 0
         if tensor.arithmetic and settings.whole_rows:
             row = tensor.shape[-1] if len(tensor.shape) > 1 else tensor.numel
+        if tensor.arithmetic and any(step.settings.whole_rows for step in steps):
+            row = max(row, tensor.numel // max(tensor.shape[0], 1) if len(tensor.shape) > 1 else tensor.numel)
         need = max(need, worker_bytes(experts, tensor.wide, row))
     for tensor in tensors:
         held = settings_for(tensor.name).copies_held(tensor.name, tensor.shape, experts) if tensor.arithmetic else 0

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spolia.core.lazy import torch
+from spolia.core.settings import MergeSettings
 from spolia.core.stream import Block, FilePlane, Plane, Stack, TensorPlane, in_parallel
 from spolia.parts.align import Aligned
 from spolia.parts.expert import ExpertPool
 from spolia.parts.lora import LoraPlane
 from spolia.parts.merging import Merge
-from spolia.parts.surveyed import PART
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """How task vectors are changed before they are combined: a merge's survey, and its rule short of the sum."""
-
-    settings: Any
-    survey: Callable[[Any, Any], Any]
-    rule: Callable[[Stack, Any, Any], Iterator[tuple[Block, Tensor]]]  # blocks [experts, n]
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class Piece:
         return total.index_add_(0, self.owner.cpu(), of_ranks.double().cpu())
 
 
-def _changes(stack: Stack, settings: Any, found: Any) -> Iterator[tuple[Block, Tensor]]:
+def _changes(stack: Stack, settings: Any) -> Iterator[tuple[Block, Tensor]]:
     """The task vectors as they are."""
     for block in stack.blocks():
         yield block, block.deltas()
@@ -89,22 +80,19 @@ def held(
     pool: ExpertPool,
     tensors: list[Aligned],
     targets: dict[str, Tensor],
-    prepared: Prepared | None,
     storage: Storage,
     seed: int,
     threads: int,
 ) -> list[Piece]:
-    """The task vectors of `tensors`, read once; what `prepared` surveys comes on top. Use inside `pool.opened()`."""
-    rule, survey = (prepared.rule, prepared.survey) if prepared is not None else (_changes, None)
-    settings: Any = prepared.settings if prepared is not None else None
-    merge = Merge(pool, tensors, rule, survey, lambda name: settings, {}, seed, threads)
-    pieces = [_piece(tensor, targets[tensor.name], merge, prepared) for tensor in tensors]
+    """The task vectors of `tensors`, read once; what the pool's steps survey comes on top. Use inside `pool.opened()`."""
+    merge = Merge(pool, tensors, _changes, None, lambda name: MergeSettings(), {}, seed, threads)
+    pieces = [_piece(tensor, targets[tensor.name], merge) for tensor in tensors]
     _allot(pieces, len(pool.experts), storage)
-    _fill(pieces, tensors, merge, prepared, threads)
+    _fill(pieces, tensors, merge, threads)
     return pieces
 
 
-def _piece(tensor: Aligned, target: Tensor, merge: Merge, prepared: Prepared | None) -> Piece:
+def _piece(tensor: Aligned, target: Tensor, merge: Merge) -> Piece:
     """A tensor with its base, and with its factors where every expert is an adapter on this base."""
     stack = merge.stack(tensor, (0, tensor.numel), None)
     assert stack.base is not None
@@ -113,7 +101,7 @@ def _piece(tensor: Aligned, target: Tensor, merge: Merge, prepared: Prepared | N
     piece = Piece(tensor.name, base, target)
     adapted = [plane for plane in stack.experts if isinstance(plane, LoraPlane)]
     under = [plane.under if isinstance(plane, LoraPlane) else plane for plane in stack.experts]
-    if prepared is None and all(_same(plane, stack.base) for plane in under) and tensor.numel:
+    if not merge.pool.steps and all(_same(plane, stack.base) for plane in under) and tensor.numel:
         out = adapted[0].left.shape[0] if adapted else 1
         left, right, owner = [torch.empty(out, 0)], [torch.empty(0, tensor.numel // out)], list[int]()
         for place, plane in zip(stack.places, stack.experts, strict=True):
@@ -162,24 +150,19 @@ def _allot(pieces: list[Piece], experts: int, storage: Storage) -> None:
         piece.rows = torch.zeros(shape, dtype=kind, device=device)
 
 
-def _fill(pieces: list[Piece], tensors: list[Aligned], merge: Merge, prepared: Prepared | None, threads: int) -> None:
+def _fill(pieces: list[Piece], tensors: list[Aligned], merge: Merge, threads: int) -> None:
     """Read the task vectors into their rows, several tensors at a time."""
-    found = None
-    if prepared is not None:
-        found = prepared.survey(merge.model(threads), prepared.settings)
+    merge.model(threads)  # so that the steps are surveyed
     jobs = []
     for piece, tensor in zip(pieces, tensors, strict=True):
         if piece.rows is not None:
-            step = PART if prepared is None else max(tensor.numel, 1)
-            jobs += [(piece, tensor, start, min(start + step, tensor.numel)) for start in range(0, tensor.numel, step)]
+            jobs += [(piece, tensor, span) for span in merge.spans(tensor)]
 
-    def work(job: tuple[Piece, Aligned, int, int], stop: Any) -> None:
-        piece, tensor, start, end = job
+    def work(job: tuple[Piece, Aligned, tuple[int, int]], stop: Any) -> None:
+        piece, tensor, span = job
         assert piece.rows is not None
-        stack = merge.stack(tensor, (start, end), stop, threads)
-        rule = prepared.rule if prepared is not None else _changes
-        settings = merge.settings(tensor) if prepared is not None else None
-        for block, vectors in rule(stack, settings, found):
+        stack = merge.stack(tensor, span, stop, threads)
+        for block, vectors in _changes(stack, None):
             if not bool(torch.isfinite(vectors.sum())):
                 stack.blame(block.start, block.stop)
             piece.rows[tensor.places, block.start : block.stop] = vectors.to(piece.rows)

@@ -40,9 +40,9 @@ class WholeModel:
     def sweep(self, count: Callable[[Tensor, Tensor], None], totals: Tensor) -> None:
         lock, dtype, experts = threading.Lock(), self.dtype(), len(self.sizes)
 
-        def counted(job: tuple[Aligned, int], stop: threading.Event, own: Tensor) -> None:
-            tensor, start = job
-            stack = self._merge.stack(tensor, (start, min(start + PART, tensor.numel)), stop)
+        def counted(job: tuple[Aligned, tuple[int, int]], stop: threading.Event, own: Tensor) -> None:
+            tensor, span = job
+            stack = self._merge.stack(tensor, span, stop)
 
             def padded(deltas: Tensor, own: Tensor) -> None:
                 if stack.places == list(range(experts)) and deltas.dtype == dtype:
@@ -53,22 +53,22 @@ class WholeModel:
 
             stack.sweep(padded, own)
 
-        def work(jobs: list[tuple[Aligned, int]], stop: threading.Event) -> Tensor:
+        def work(jobs: list[tuple[Aligned, tuple[int, int]]], stop: threading.Event) -> Tensor:
             own = torch.zeros_like(totals)
             for job in jobs:
                 counted(job, stop, own)
             return own
 
-        def add(jobs: list[tuple[Aligned, int]], stop: threading.Event) -> None:
+        def add(jobs: list[tuple[Aligned, tuple[int, int]]], stop: threading.Event) -> None:
             own = work(jobs, stop)
             with lock:
                 totals.add_(own)
 
-        jobs = [(t, start) for t in self._tensors for start in range(0, t.numel, PART)]
+        jobs = [(t, span) for t in self._tensors for span in self._merge.spans(t)]
         if self._claims is None:
             in_parallel([[job] for job in jobs], add, self._workers)
             return
-        units = units_of(jobs, lambda job: min(PART, job[0].numel - job[1]))
+        units = units_of(jobs, lambda job: job[1][1] - job[1][0])
         for places, numbers in self._shared(units, lambda jobs, stop: _sparse(work(jobs, stop))):
             totals.view(-1)[places] += numbers
 

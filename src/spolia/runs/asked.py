@@ -13,6 +13,7 @@ from spolia.core.settings import MergeSettings, Settings, each
 from spolia.errors import Problems, SpoliaError, did_you_mean
 
 if TYPE_CHECKING:
+    from spolia.parts.preprocessed import Step
     from spolia.runs.recipe import Recipe
     from spolia.runs.request import MergeRequest
 
@@ -70,12 +71,19 @@ def request_of(recipe: Recipe) -> MergeRequest:
         base,
         recipe.output.dtype,
         seed=recipe.seed,
+        preprocess=recipe.preprocess,
         recipe=recipe.to_yaml(),
     )
 
 
 def request_from(
-    experts: Any, base: Any, method: Method, settings: MergeSettings, dtype: str | None, seed: int
+    experts: Any,
+    base: Any,
+    method: Method,
+    settings: MergeSettings,
+    dtype: str | None,
+    seed: int,
+    steps: tuple[Step, ...] = (),
 ) -> MergeRequest:
     """The merge that a call asks for, whose models are all on disk."""
     from spolia.runs.references import reference, settled
@@ -97,6 +105,7 @@ def request_from(
         "spolia": 1,
         "seed": seed,
         "pool": {"base": start.name if start else None, "experts": [e.name for e in listed]},
+        **({"preprocess": [step.to_dict() for step in steps]} if steps else {}),
         "method": {"name": method.name, **settings.model_dump(mode="json")},
         "output": {"dtype": dtype},
     }
@@ -108,7 +117,8 @@ def request_from(
         checked_dtype(dtype),
         None,
         seed,
-        json.dumps(call, indent=2) + "\n",
+        preprocess=steps,
+        recipe=json.dumps(call, indent=2) + "\n",
     )
 
 

@@ -22,9 +22,11 @@ def recipe_of(learned: Learned, experts: Mapping[str, Any], base: Any, folder: P
     """
     if learned.coefficients is None:
         raise SpoliaError("this merge has no coefficients", where="recipe", mend="keep the weights: out=FOLDER")
-    prepared = learned.facts.get("settings", {}).get("preprocess", "none")
-    if prepared != "none":
-        what = f"the coefficients belong to task vectors changed by {prepared}; a sum of plain ones is another model"
+    prepared = [step["name"] for step in learned.facts.get("preprocess", [])]
+    if prepared:
+        what = (
+            f"the coefficients belong to task vectors changed by {' and '.join(prepared)}; a sum of plain ones differs"
+        )
         raise SpoliaError(what, where="recipe", mend="keep the weights: out=FOLDER")
     # a filter matches as a part of a name, the first one counts: the longest names come first
     names = sorted(learned.coefficients, key=lambda name: (-len(name), name))

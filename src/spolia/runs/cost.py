@@ -14,16 +14,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from spolia.catalog import find
 from spolia.core.settings import MergeSettings
 from spolia.core.stream import cores
 from spolia.parts.align import Aligned
 from spolia.parts.expert import Weights
 from spolia.parts.lora import LoraWeights
 from spolia.parts.merging import affordable_workers, bytes_needed
+from spolia.parts.preprocessed import Step
 from spolia.runs.sizes import show_size
 
 if TYPE_CHECKING:
     from spolia.runs.merging import Prepared
+    from spolia.runs.request import MergeRequest
 
 START = 2.5  # seconds: torch, headers, the card
 TORCH_BYTES = 280_000_000  # a process that has imported torch and read a recipe
@@ -86,14 +89,17 @@ def cost_of(prepared: Prepared, written: int, machine: Machine, chunk_memory: in
     """The cost of a merge that is known to fit. SpoliaError when the memory is too little for one worker."""
     request, pool, tensors = prepared.request, prepared.pool, prepared.aligned
     settings_for, experts, name = request.settings_for, len(pool.experts), request.method.name
-    workers = affordable_workers(tensors, experts, machine.threads, chunk_memory, settings_for)
+    workers = affordable_workers(tensors, experts, machine.threads, chunk_memory, settings_for, pool.steps)
     stored = on_disk([model.weights for model in pool.models])
     whole = settings_for(tensors[0].name) if tensors else request.method.settings_class()()
     sweeps, again = passes(name, whole)
+    steps = _as_merges(request)
+    sweeps += sum(passes(*step)[0] - 1 for step in steps)
     fits = stored <= machine.memory * 3 // 4
     read = stored * (1 if fits else sweeps)
     rate = machine.read_rate or (WARM if fits else COLD)
     core_seconds = sum(tensor_seconds(name, t, settings_for(t.name), len(pool.models)) for t in tensors if t.arithmetic)
+    core_seconds += sum(tensor_seconds(n, t, s, len(pool.models)) for n, s in steps for t in tensors if t.arithmetic)
     core_seconds += adapted_seconds([model.weights for model in pool.models]) * (sweeps + again)
     threads = workers * machine.processes
     parts = read / rate, written / machine.write_rate, core_seconds / threads
@@ -102,12 +108,17 @@ def cost_of(prepared: Prepared, written: int, machine: Machine, chunk_memory: in
         read,
         written,
         workers,
-        peak_of(tensors, experts, workers, settings_for),
+        peak_of(tensors, experts, workers, settings_for, pool.steps),
         *parts,
         basis=f"{START:g} s to start, then the longest of: reading {show_size(read)} at {show_size(rate)}/s, "
         f"{parts[0]:.0f} s; writing {show_size(written)} at {show_size(machine.write_rate)}/s, {parts[1]:.0f} s; "
         f"arithmetic {parts[2]:.0f} s on {threads} threads",
     )
+
+
+def _as_merges(request: MergeRequest) -> list[tuple[str, MergeSettings]]:
+    """Each preprocessing as the method of its name, which costs as much."""
+    return [(step.name, find(step.name).settings_class()(**dict(step.settings))) for step in request.preprocess]
 
 
 def on_disk(weights: Sequence[Weights]) -> int:
@@ -203,10 +214,14 @@ def adapted_seconds(weights: Sequence[Weights]) -> float:
 
 
 def peak_of(
-    tensors: Sequence[Aligned], experts: int, workers: int, settings_for: Callable[[str], MergeSettings]
+    tensors: Sequence[Aligned],
+    experts: int,
+    workers: int,
+    settings_for: Callable[[str], MergeSettings],
+    steps: Sequence[Step] = (),
 ) -> int:
     """Bytes of one process: blocks or whole tensors of every worker, headers, and what brackets of thresholds collect."""
-    need, _ = bytes_needed(tensors, experts, settings_for)
+    need, _ = bytes_needed(tensors, experts, settings_for, steps)
     collected = sorted(
         (t.numel * experts * (8 if t.wide else 4) for t in tensors if _brackets(settings_for(t.name))), reverse=True
     )

@@ -45,6 +45,7 @@ class Entry:
     metric: str = METRIC
     domains: tuple[str, ...] = ()  # whose experts are merged and judged; empty: all
     known: bool = False
+    preprocess: tuple[Mapping[str, Any], ...] = ()  # what is done to the task vectors first, as in a recipe
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,15 @@ def _merged(
     given = entry.settings if settings is None else settings
     method, seed = entry.method, pool.seed
     if not find(method).data:
-        return merge(list(experts.values()), base=start, method=method, settings=given, dtype=dtype, seed=seed)
+        return merge(
+            list(experts.values()),
+            base=start,
+            method=method,
+            settings=given,
+            preprocess=entry.preprocess,
+            dtype=dtype,
+            seed=seed,
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SpoliaWarning)  # that entropy misleads is for the page to say, once
         learned = merge(
@@ -155,6 +164,7 @@ def _merged(
             base=start,
             method=method,
             settings=given,
+            preprocess=entry.preprocess,
             dtype=dtype,
             seed=seed,
             network=pool.network,

@@ -15,6 +15,7 @@ from spolia.core.staging import Staging
 from spolia.parts.align import Aligned
 from spolia.parts.expert import Expert, ExpertPool
 from spolia.parts.masks import file_of, mask_bytes
+from spolia.runs.preprocessing import went_through
 
 if TYPE_CHECKING:
     from spolia.runs.merging import Card, Prepared
@@ -60,6 +61,7 @@ def manifest(prepared: Prepared) -> dict[str, Any]:
         ],
         "tied": prepared.tied,
         **({"masks": list(masks)} if masks else {}),
+        **({"preprocess": [step.to_dict() for step in request.preprocess]} if request.preprocess else {}),
     }
 
 
@@ -69,7 +71,7 @@ def card_facts(prepared: Prepared, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "method": request.method.name,
-        "summary": request.method.summary,
+        "summary": request.method.summary + went_through(request.preprocess),
         "paper": request.method.paper,
         "base": described(pool.base) if pool.base is not None else None,
         "experts": [described(expert) for expert in pool.experts],

@@ -13,6 +13,7 @@ from spolia.runs.digits_pool import DATA_TOUCHED
 from spolia.runs.digits_study import SCALES, Entry, Study, needs_base, pool_of, run_study
 from spolia.runs.lifecycle import follow, recorded
 from spolia.runs.plan import Phase, Plan
+from spolia.runs.preprocessing import chained, went_through
 from spolia.runs.recipe import Recipe
 from spolia.runs.schema import DigitsPool, FoldersPool
 from spolia.runs.store import RunFolder
@@ -48,7 +49,7 @@ def plan_recipe(recipe: Recipe, folder: RunFolder | None = None, machine: Machin
             chunk_memory=output.chunk_memory,
             machine=machine,
         )
-    if recipe.family == "surgery":
+    if recipe.repair[0].family == "surgery":
         return plan_surgery(recipe)
     return _plan_digits(recipe)
 
@@ -69,7 +70,7 @@ def run_recipe(
         run.write_env(seed=recipe.seed, seeds=_seeds(recipe))
         if isinstance(recipe.pool, FoldersPool):
             _run_folders(recipe, recipe.pool, run, progress)
-        elif recipe.family == "surgery":
+        elif recipe.repair[0].family == "surgery":
             run_surgery(recipe, run, progress)
         else:
             _run_digits(recipe, run, progress)
@@ -122,6 +123,7 @@ def _run_digits(recipe: Recipe, run: RunFolder, progress: Any) -> None:
                 base=pool.base if needs_base(recipe.method.name, len(pool.domains)) else None,
                 method=recipe.method.name,
                 settings=recipe.settings,
+                preprocess=[step.to_dict() for step in recipe.preprocess],
                 out=run.result,
                 dtype=recipe.output.dtype,
                 seed=recipe.seed,
@@ -131,15 +133,20 @@ def _run_digits(recipe: Recipe, run: RunFolder, progress: Any) -> None:
 
 
 def study_of(recipe: Recipe) -> Study:
-    """The recipe's merge beside average and task arithmetic with their defaults; with masks, also with the task known."""
+    """The recipe's merge beside average and task arithmetic with their defaults, and without its preprocessing if it has one;
+    with masks, also with the task known.
+    """
     method, settings = recipe.method, recipe.settings
-    own = Entry(method.name, method.name, settings.model_dump())
+    label, steps = chained(recipe.preprocess, method.name), tuple(step.to_dict() for step in recipe.preprocess)
+    own = Entry(label, method.name, settings.model_dump(), preprocess=steps)
     baselines = []
     for name in _BASELINES:
         if name != method.name:
             baselines.append(Entry(name, name, baseline=True))
         elif settings != type(settings)():
             baselines.append(Entry(f"{name}, defaults", name, baseline=True))
+    if steps:
+        baselines.append(Entry(method.name, method.name, settings.model_dump(), baseline=True))
     if method.data:
         scales = tuple(sorted(SCALES, key=lambda scale: scale != 0.3))  # the default first: it wins among equals
         chosen = Entry("task_arithmetic, scale chosen with labels", "task_arithmetic", scales=scales, baseline=True)
@@ -159,14 +166,15 @@ def _plan_digits(recipe: Recipe) -> Plan:
     learns = "coefficients" if hasattr(recipe.settings, "schedule") else "nothing"
     seconds += (seeds + 1) * _PER_STEP * domains * sum(getattr(one, "schedule", (0, 0.0))[0] for one in learned)
     models = seeds * (domains + 2) + 1
+    what = recipe.method.summary + went_through(recipe.preprocess)
     each = f" for each of {seeds} seeds" if seeds > 1 else ""
     return Plan(
-        title=f"{recipe.method.name} merge of {domains} digits experts{each}",
+        title=f"{chained(recipe.preprocess, recipe.method.name)} merge of {domains} digits experts{each}",
         method=recipe.method.name,
         phases=[
             Phase("base", "fits the base and one head a domain", DATA_TOUCHED["base and heads"], "encoder and heads"),
             Phase("fine-tune", "fine-tunes an encoder a domain", DATA_TOUCHED["experts"], "encoder", "heads"),
-            Phase("merge", recipe.method.summary, sees(study), learns, writes="result/ (first seed)"),
+            Phase("merge", what, sees(study), learns, writes="result/ (first seed)"),
             Phase(
                 "test", "counts right answers of merge, base, experts and baselines", f"{SIZES['test']} other digits"
             ),

@@ -20,8 +20,10 @@ from spolia.parts.examples import by_task
 from spolia.parts.expert import Expert, ExpertPool
 from spolia.parts.learned import Learned
 from spolia.parts.network import Network
+from spolia.parts.preprocessed import Step
 from spolia.parts.watch import seen_before
 from spolia.runs.coefficients import recipe_of
+from spolia.runs.preprocessing import went_through
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,12 +68,14 @@ def merge_learned(
     journal: Journal | str | os.PathLike[str] | None,
     progress: Any,
     render: Callable[[dict[str, Any]], str],
+    steps: tuple[Step, ...] = (),
 ) -> tuple[Learned, dict[str, Any]]:
     """The learned merge and, with `out`, the facts of the card in the folder that was written."""
     from spolia.core.dist import world
     from spolia.runs.references import located
 
     pool = ExpertPool.of(experts if isinstance(experts, Mapping) else list(experts), base, located)
+    pool.steps = steps
     if out is not None:
         _check_out(out, pool, method, settings, overwrite)
     learned = learn(
@@ -205,7 +209,7 @@ def write_folder(
         if learned.coefficients is not None:
             kept = {"experts": [e.name for e in pool.experts], "tensors": dict(learned.coefficients)}
             staging.write_text(COEFFICIENTS, json.dumps(kept, indent=1) + "\n")
-            if learned.facts.get("settings", {}).get("preprocess", "none") == "none":
+            if not learned.facts.get("preprocess"):
                 staging.write_text(RECIPE, recipe_of(learned, *given, folder=out))
         staging.write_text("README.md", render(facts))
         staging.finish()
@@ -254,11 +258,12 @@ def card_facts(
 
     inputs, labels = learned.facts.get("inputs", {}), learned.facts.get("labels used", False)
     said = "; ".join(f"{task}: {', '.join(f'{v} {k}' for k, v in part.items())}" for task, part in inputs.items())
-    recipe = {"method": {"name": method.name, **settings.model_dump(mode="json")}, "seed": seed}
+    recipe: dict[str, Any] = {"preprocess": [step.to_dict() for step in pool.steps]} if pool.steps else {}
+    recipe |= {"method": {"name": method.name, **settings.model_dump(mode="json")}, "seed": seed}
     return {
         "name": name,
         "method": method.name,
-        "summary": method.summary,
+        "summary": method.summary + went_through(pool.steps),
         "paper": method.paper,
         "base": one(pool.base) if pool.base is not None else None,
         "experts": [one(expert) for expert in pool.experts],

@@ -12,6 +12,7 @@ from spolia.errors import Problems, SpoliaWarning
 from spolia.parts.align import align
 from spolia.parts.expert import ExpertPool
 from spolia.parts.merging import MemorySink, Merge
+from spolia.parts.preprocessed import Step
 from spolia.runs.asked import checked_dtype
 from spolia.runs.merging import fit_pool, output_dtypes
 from spolia.runs.references import located
@@ -30,10 +31,12 @@ def merge_in_memory(
     threads: int | None,
     memory: int,
     progress: Any,
+    steps: tuple[Step, ...] = (),
 ) -> dict[str, Tensor]:
     """The merged tensors by name, in the first model's order; nothing given is changed."""
     problems = Problems()
     pool = ExpertPool.of(experts, base, located)
+    pool.steps = steps
     fit_pool(method, pool, problems)
     problems.raise_if_any()
     aligned, tied = align(pool, problems)

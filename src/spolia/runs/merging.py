@@ -29,6 +29,7 @@ from spolia.runs.cost import Machine, cost_of
 from spolia.runs.documents import accompany, checkpoint_of, masks_beside
 from spolia.runs.masking import check_names
 from spolia.runs.plan import Input, Phase, Plan
+from spolia.runs.preprocessing import chained, went_through
 from spolia.runs.request import MergeRequest, ModelRef
 from spolia.runs.target import agreement, check_target, is_made, is_newer, key_of
 
@@ -58,6 +59,7 @@ def prepare(request: MergeRequest, out: Path | None = None, max_shard_size: int 
     problems = Problems()
     problems.warnings.extend(request.warnings)
     pool = _open(request, problems)
+    pool.steps = request.preprocess
     problems.raise_if_any()
     dress(pool, request, problems)
     if request.wiring is None:
@@ -149,12 +151,12 @@ def describe(
     name, out_bytes = request.method.name, layout.nbytes + sum(masks.values())
     cost = cost_of(prepared, out_bytes, machine or Machine.here(threads), chunk_memory)
     return Plan(
-        title=f"{name} merge of {count} experts",
+        title=f"{chained(request.preprocess, name)} merge of {count} experts",
         method=name,
         phases=[
             Phase(
                 "merge",
-                request.method.summary,
+                request.method.summary + went_through(request.preprocess),
                 "weights only: no training data, no inputs, no labels",
                 writes=str(out or ""),
             )

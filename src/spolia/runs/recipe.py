@@ -17,15 +17,18 @@ import yaml
 from spolia.catalog import METHODS, Method, find
 from spolia.core.settings import PerModel
 from spolia.errors import Problem, Problems, SpoliaError, did_you_mean
+from spolia.parts.preprocessed import Step
 from spolia.runs import yamlmarks
 from spolia.runs.complaints import validate
 from spolia.runs.overrides import apply_overrides
 from spolia.runs.packaged import FOLDER, example_command, packaged
-from spolia.runs.references import is_hub_id, names_in
-from spolia.runs.schema import POOLS, VERSION, DigitsPool, FoldersPool, Head, ModelEntry, Output, at_home
+from spolia.runs.preprocessing import check_steps, read_steps
+from spolia.runs.references import is_hub_id, near_model, near_recipes, recipes_in
+from spolia.runs.schema import POOLS, VERSION, DigitsPool, FoldersPool, Head, ModelEntry, Output, at_home, check_version
 from spolia.runs.yamlmarks import Marked, dotted
 
 Where = Callable[[yamlmarks.Path], str]
+_FIRST = ("merge", "merge_settings")  # settings of surgeries that `method` stands for where both are given
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Recipe:
     output: Output
     seed: int = 0
     seeds: int = 1
+    preprocess: tuple[Step, ...] = ()
+    surgery: tuple[Method, Any] | None = None  # that follows the merge, and its settings
 
     @property
     def family(self) -> str:
@@ -67,6 +72,11 @@ class Recipe:
         """Last part of the name: the run's folder is called after it."""
         return self.name.rpartition("/")[2]
 
+    @property
+    def repair(self) -> tuple[Method, Any]:
+        """The surgery and its settings: the key's, or the method itself."""
+        return self.surgery or (self.method, self.settings)
+
     def to_yaml(self) -> str:
         """The resolved recipe: every setting written out, overrides and defaults included. Loads back to itself."""
         resolved = {
@@ -74,10 +84,16 @@ class Recipe:
             "seed": self.seed,
             "seeds": self.seeds,
             "pool": self.pool.model_dump(mode="json"),
+            **({"preprocess": [step.to_dict() for step in self.preprocess]} if self.preprocess else {}),
             "method": {"name": self.method.name, **self.settings.model_dump(mode="json")},
+            **({"surgery": {"name": self.surgery[0].name, **_own(self.surgery[1])}} if self.surgery else {}),
             "output": self.output.model_dump(mode="json"),
         }
         return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _own(surgery: Any) -> dict[str, Any]:
+    return surgery.model_dump(mode="json", exclude=set(_FIRST))
 
 
 def load_recipe(ref: str | Path, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Recipe:
@@ -97,11 +113,11 @@ def read_source(ref: str | Path) -> Source:
         text = path.read_text(encoding="utf-8")
         return Source(name, text, yamlmarks.load(text, f"{name}.yaml"), Path.cwd(), packaged=True)
     if os.path.exists(path) and path.is_dir():
-        raise SpoliaError("this is a folder, not a recipe", where=name or ".", mend=_recipes_in(path))
+        raise SpoliaError("this is a folder, not a recipe", where=name or ".", mend=recipes_in(path))
     try:
         text = yamlmarks.text_of(path, name)
     except FileNotFoundError:
-        raise SpoliaError("there is no such recipe or file", where=name, mend=_near_recipes(name)) from None
+        raise SpoliaError("there is no such recipe or file", where=name, mend=near_recipes(name)) from None
     except UnicodeDecodeError:
         raise SpoliaError("this is not a text file", where=name, mend="give a recipe: a YAML file") from None
     except (OSError, ValueError) as error:
@@ -125,10 +141,12 @@ def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: 
         raise SpoliaError("a recipe is a mapping with `spolia`, `pool` and `method`", where=marked.where(), mend=mend)
     raw, touched = apply_overrides(marked.value, overrides, problems)
     where = partial(_where, marked, touched)
-    _check_version(raw, where, problems)
+    check_version(raw, where, problems)
     head = validate(Head, raw, (), where, problems)
     pool = _check_pool(raw.get("pool"), where, problems)
-    method, settings = _check_method(raw.get("method"), where, problems)
+    method, settings = _check_method(raw.get("method"), "method", where, problems)
+    steps = read_steps(raw.get("preprocess"), where, problems)
+    surgery = _check_surgery(raw.get("surgery"), pool, method, where, problems)
     if isinstance(pool, FoldersPool):
         pool = _resolve_paths(pool, raw["pool"], source, touched)
         if check_paths:
@@ -136,6 +154,8 @@ def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: 
                 problems.add(problem.where, problem.what, problem.mend)
     if pool and method:
         _check_fit(pool, method, settings, where, problems)
+        count = len(pool.experts) if isinstance(pool, FoldersPool) else len(pool.domains)
+        check_steps(steps, method, count, where, problems)
     if check_paths and method and method.data and isinstance(pool, FoldersPool):
         what = f"{method.name} looks at {method.data}, which a pool of folders does not name"
         problems.add(where(("method", "name")), what, f"call it from Python: {example_command(method)}")
@@ -144,7 +164,8 @@ def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: 
         problems.add(where(("seeds",)), "models on disk are merged once; repeats would be the same", mend)
     problems.raise_if_any()
     assert head and pool and method  # each None has left a problem
-    return Recipe(source.name, source.text, marked, method, settings, pool, head.output, head.seed, head.seeds)
+    given = (source.name, source.text, marked, method, settings, pool, head.output, head.seed, head.seeds)
+    return Recipe(*given, preprocess=steps, surgery=surgery)
 
 
 def _where(marked: Marked, touched: dict[yamlmarks.Path, str], path: yamlmarks.Path) -> str:
@@ -153,22 +174,6 @@ def _where(marked: Marked, touched: dict[yamlmarks.Path, str], path: yamlmarks.P
         return f"override {dotted(path)}"
     inside = next((name for there, name in touched.items() if there[: len(path)] == path), None)
     return inside if inside and path and path not in marked.lines else marked.where(path)
-
-
-def _check_version(raw: dict[str, Any], where: Where, problems: Problems) -> None:
-    """Version 1 is the first. With a second, older recipes are rewritten here and the difference is printed."""
-    version = raw.get("spolia")
-    if version is None:
-        problems.add(
-            where(()), "the recipe does not say which version of the form it has", f"add `spolia: {VERSION}` on top"
-        )
-        raw["spolia"] = VERSION  # told; the rest is still checked
-    elif isinstance(version, int) and not isinstance(version, bool) and version != VERSION:
-        if version > VERSION:
-            what, mend = f"written for version {version}; this spolia reads {VERSION}", "pip install --upgrade spolia"
-        else:
-            what, mend = f"there is no version {version}", f"write `spolia: {VERSION}`"
-        problems.add(where(("spolia",)), what, mend)
 
 
 def _check_pool(raw: Any, where: Where, problems: Problems) -> FoldersPool | DigitsPool | None:
@@ -190,22 +195,44 @@ def _check_pool(raw: Any, where: Where, problems: Problems) -> FoldersPool | Dig
     return pool
 
 
-def _check_method(raw: Any, where: Where, problems: Problems) -> tuple[Method | None, Any]:
+def _check_method(raw: Any, key: str, where: Where, problems: Problems) -> tuple[Method | None, Any]:
     if not isinstance(raw, dict):
         return None, None  # told by Head
     fields = dict(raw)
     name = fields.pop("name", None)
     if name is None:
         names = ", ".join(method.name for method in METHODS)
-        problems.add(where(("method",)), "`name` is missing", f"add `name`, one of {names}")
+        problems.add(where((key,)), "`name` is missing", f"add `name`, one of {names}")
         return None, None
     try:
-        method = find(str(name), where(("method", "name")))
+        method = find(str(name), where((key, "name")))
     except SpoliaError as error:
         for problem in error.problems:
             problems.add(problem.where, problem.what, problem.mend)
         return None, None
-    return method, validate(method.settings_class(), fields, ("method",), where, problems)
+    return method, validate(method.settings_class(), fields, (key,), where, problems)
+
+
+def _check_surgery(
+    raw: Any, pool: FoldersPool | DigitsPool | None, method: Method | None, where: Where, problems: Problems
+) -> tuple[Method, Any] | None:
+    """The repair that follows the merge."""
+    if raw is None:
+        return None
+    repair, settings = _check_method(raw, "surgery", where, problems)
+    if repair is not None and repair.family != "surgery":
+        known = [m.name for m in METHODS if m.family == "surgery"]
+        problems.add(where(("surgery", "name")), f"{repair.name} is no surgery", did_you_mean(repair.name, known))
+    if method is not None and method.family != "merge":
+        mend = "name the merge under `method`, or leave `surgery` away"
+        problems.add(where(("surgery",)), f"{method.name} is no merge that a surgery could follow", mend)
+    if isinstance(pool, FoldersPool):
+        what = "surgery looks at unlabelled inputs, which a pool of folders does not name"
+        problems.add(where(("surgery",)), what, "call spolia.surgery from Python after the merge")
+    for name in _FIRST:
+        if isinstance(raw, dict) and name in raw:
+            problems.add(where(("surgery", name)), "the merge that comes first is `method`", f"leave `{name}` away")
+    return (repair, settings) if repair is not None and settings is not None else None
 
 
 def _check_fit(pool: FoldersPool | DigitsPool, method: Method, settings: Any, where: Where, problems: Problems) -> None:
@@ -265,33 +292,4 @@ def _missing_models(pool: FoldersPool, source: Source, where: Where) -> list[Pro
         names = ", ".join(str(path) for _, path in missing)
         mend = f"say where your models are: spolia run {source.name} pool.base=PATH 'pool.experts=[PATH, PATH]'"
         return [Problem(where(("pool",)), f"there is no {names}", mend)]
-    return [Problem(where(at), f"there is no {path}", _near_model(path)) for at, path in missing]
-
-
-def _near_model(path: Path) -> str:
-    names = names_in(path.parent, lambda p: p.is_dir() or p.suffix == ".safetensors")
-    if names:
-        return did_you_mean(path.name, names[:20])
-    return "write a path, or a model of the hub as OWNER/NAME"
-
-
-def _near_recipes(name: str) -> str:
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        folder = path.parent if os.path.exists(path.parent) else Path()
-        files = [(folder / file).as_posix() for file in names_in(folder, _is_yaml)]
-        return did_you_mean(name, files) if files else "check the path; `spolia new METHOD -o my.yaml` writes a recipe"
-    ends = {known.rpartition("/")[2]: known for known in packaged()}
-    key = name.rpartition("/")[2].lower().replace("-tiny", "").replace("-", "_") + "-tiny" * name.endswith("-tiny")
-    if key in ends:
-        return f"did you mean `{ends[key]}`?"
-    return did_you_mean(name, packaged())
-
-
-def _is_yaml(file: Path) -> bool:
-    return file.suffix in (".yaml", ".yml")
-
-
-def _recipes_in(folder: Path) -> str:
-    files = [(folder / file).as_posix() for file in names_in(folder, _is_yaml)]
-    return f"it holds {', '.join(files[:5])}" if files else "give a YAML file or the name of a packaged recipe"
+    return [Problem(where(at), f"there is no {path}", near_model(path)) for at, path in missing]

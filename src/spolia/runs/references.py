@@ -1,4 +1,4 @@
-"""What a name of a model means: a path, a model of the hub, or either with a LoRA adapter after `+`."""
+"""What a name of a model means: a path, a model of the hub, or either with a LoRA adapter after `+`; and what is near it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from spolia.data.hub import fetch, split_id
-from spolia.errors import SpoliaError
+from spolia.errors import SpoliaError, did_you_mean
 from spolia.parts.adapter import Adapter, is_adapter
 from spolia.parts.inputs import base_of, parted
+from spolia.runs.packaged import packaged
 from spolia.runs.request import ModelRef
 
 
@@ -60,3 +61,32 @@ def settled(ref: ModelRef, base: ModelRef | None) -> ModelRef:
         return replace(ref, path=base_of(Adapter.open(ref.path)), lora=ref.path)
     except SpoliaError:
         return ref  # told when it is opened
+
+
+def near_model(path: Path) -> str:
+    names = names_in(path.parent, lambda p: p.is_dir() or p.suffix == ".safetensors")
+    if names:
+        return did_you_mean(path.name, names[:20])
+    return "write a path, or a model of the hub as OWNER/NAME"
+
+
+def near_recipes(name: str) -> str:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        folder = path.parent if os.path.exists(path.parent) else Path()
+        files = [(folder / file).as_posix() for file in names_in(folder, _is_yaml)]
+        return did_you_mean(name, files) if files else "check the path; `spolia new METHOD -o my.yaml` writes a recipe"
+    ends = {known.rpartition("/")[2]: known for known in packaged()}
+    key = name.rpartition("/")[2].lower().replace("-tiny", "").replace("-", "_") + "-tiny" * name.endswith("-tiny")
+    if key in ends:
+        return f"did you mean `{ends[key]}`?"
+    return did_you_mean(name, packaged())
+
+
+def _is_yaml(file: Path) -> bool:
+    return file.suffix in (".yaml", ".yml")
+
+
+def recipes_in(folder: Path) -> str:
+    files = [(folder / file).as_posix() for file in names_in(folder, _is_yaml)]
+    return f"it holds {', '.join(files[:5])}" if files else "give a YAML file or the name of a packaged recipe"

@@ -11,6 +11,7 @@ from spolia.catalog import Method
 from spolia.core.settings import MergeSettings
 from spolia.errors import Problem
 from spolia.parts.align import Wire
+from spolia.parts.preprocessed import Step
 from spolia.parts.rows import RowMap
 
 
@@ -65,6 +66,7 @@ class MergeRequest:
         None  # whose config, tokenizer and generation files go along; None: base, else first expert
     )
     seed: int = 0
+    preprocess: tuple[Step, ...] = ()  # what is done to the task vectors first
     recipe: str = ""  # text kept beside the result
     recipe_name: str = "recipe.yaml"
     warnings: list[Problem] = field(default_factory=list)

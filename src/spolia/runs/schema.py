@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_serializer
 
 from spolia.catalog import METHODS
+from spolia.errors import Problems
+from spolia.methods.merge.preprocess import STEPS
+from spolia.runs import yamlmarks
 from spolia.runs.sizes import parse_size, write_size
 
 VERSION = 1
@@ -111,7 +115,11 @@ class Head(Shape):
     seed: int = Field(0, description="every random draw follows from it", ge=0)
     seeds: int = Field(1, description="repeats, each with its own seed (digits pools)", ge=1)
     pool: dict[str, Any] = Field(description="the base and the experts")
+    preprocess: Any = Field(None, description="list of what is done to the task vectors first")
     method: dict[str, Any] = Field(description="name and settings of the method")
+    surgery: dict[str, Any] | None = Field(
+        None, description="name and settings of a surgery that follows the merge (digits pools)"
+    )
     output: Output = Field(default_factory=Output, description="how the merged model is written")
 
 
@@ -138,4 +146,27 @@ def json_schema() -> dict[str, Any]:
     schema["properties"]["spolia"]["const"] = VERSION
     schema["properties"]["pool"] = {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"} for model in POOLS.values()]}
     schema["properties"]["method"] = {"anyOf": methods}
+    repairs = [one for one in methods if one["$ref"].startswith("#/$defs/surgery~1")]
+    schema["properties"]["surgery"] = {"anyOf": repairs}
+    steps: list[dict[str, Any]] = [{"enum": list(STEPS)}]
+    for name, kind in STEPS.items():
+        shape = kind.model_json_schema()
+        steps.append(shape | {"properties": {"name": {"const": name}, **shape["properties"]}, "required": ["name"]})
+    schema["properties"]["preprocess"] = {"type": "array", "items": {"anyOf": steps}}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "spolia recipe"}
+
+
+def check_version(raw: dict[str, Any], where: Callable[[yamlmarks.Path], str], problems: Problems) -> None:
+    """Version 1 is the first. With a second, older recipes are rewritten here and the difference is printed."""
+    version = raw.get("spolia")
+    if version is None:
+        problems.add(
+            where(()), "the recipe does not say which version of the form it has", f"add `spolia: {VERSION}` on top"
+        )
+        raw["spolia"] = VERSION  # told; the rest is still checked
+    elif isinstance(version, int) and not isinstance(version, bool) and version != VERSION:
+        if version > VERSION:
+            what, mend = f"written for version {version}; this spolia reads {VERSION}", "pip install --upgrade spolia"
+        else:
+            what, mend = f"there is no version {version}", f"write `spolia: {VERSION}`"
+        problems.add(where(("spolia",)), what, mend)

@@ -6,17 +6,34 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from spolia.bench.multitask import Share, ledger_rows, t_interval
+from spolia.catalog import find
 from spolia.data.digits import SIZES
 from spolia.runs.digits_ledger import EXPERTS, METRIC
 from spolia.runs.digits_pool import DATA_TOUCHED
+from spolia.runs.preprocessing import chained
 from spolia.runs.recipe import Recipe
 from spolia.runs.schema import DigitsPool
 from spolia.runs.store import RunFolder
+from spolia.runs.surgery_merge import merge_of
 
 if TYPE_CHECKING:
     from spolia.methods.surgery.fitting import SurgerySettings
 
 MERGED, ROUTED = "merged", ", task routed"
+
+
+def labels(recipe: Recipe) -> tuple[str, str]:
+    """What the merge and its repair are called."""
+    if recipe.surgery is None:
+        return MERGED, recipe.method.name
+    merged = chained(recipe.preprocess, recipe.method.name)
+    return merged, f"{merged} + {recipe.surgery[0].name}"
+
+
+def sees(merge: str) -> str:
+    """What the merge looks at."""
+    inputs = f"{SIZES['validation']} validation digits of each domain, without labels"
+    return inputs if find(merge).data else "weights only"
 
 
 def seen(settings: SurgerySettings) -> str:
@@ -26,15 +43,16 @@ def seen(settings: SurgerySettings) -> str:
     return f"{SIZES['validation']} validation digits of each domain, without labels"
 
 
-def ledger(run: RunFolder, recipe: Recipe, labels: list[str], found: list[dict[str, Any]]) -> dict[str, Any]:
+def ledger(run: RunFolder, recipe: Recipe, found: list[dict[str, Any]]) -> dict[str, Any]:
     """results.json."""
     env = run.read_json("env.json") or {}
     scores = {
         label: [{task: Share(*counts) for task, counts in one["scores"][label].items()} for one in found]
         for label in found[0]["scores"]
     }
-    beside = {EXPERTS, MERGED, *labels[1:]}
-    tested = "that nothing before had seen" if recipe.settings.protocol == "held_out" else "that surgery has seen too"
+    merged, own = labels(recipe)
+    beside = set(scores) - {own, own + ROUTED} - ({merged} if recipe.surgery is not None else set())
+    tested = "that nothing before had seen" if recipe.repair[1].protocol == "held_out" else "that surgery has seen too"
     return {
         "name": recipe.name,
         "command": env.get("command", ""),
@@ -43,10 +61,10 @@ def ledger(run: RunFolder, recipe: Recipe, labels: list[str], found: list[dict[s
         "machine": env.get("machine", {}),
         "versions": env.get("versions", {}),
         "data": DATA_TOUCHED
-        | {"merge": "weights only", "surgery": seen(recipe.settings)}
+        | {"merge": sees(merge_of(recipe)[0]), "surgery": seen(recipe.repair[1])}
         | {"test": f"{SIZES['test']} digits {tested}"},
         "seeds": list(range(recipe.seed, recipe.seed + len(found))),
-        "rows": ledger_rows(scores, metric=METRIC, baselines=beside, against=MERGED),
+        "rows": ledger_rows(scores, metric=METRIC, baselines=beside, against=merged),
         "notes": _notes(recipe, found),
     }
 
@@ -54,8 +72,9 @@ def ledger(run: RunFolder, recipe: Recipe, labels: list[str], found: list[dict[s
 def _notes(recipe: Recipe, found: list[dict[str, Any]]) -> str:
     spread = "Student's over seeds" if len(found) > 1 else "Wilson's over test images of one seed"
     count = found[0]["facts"]["parameters"]
+    merge = chained(recipe.preprocess, merge_of(recipe)[0])
     return (
-        f"The merge is {recipe.settings.merge}; every repair stands on it. {recipe.method.name} adds {count:,} numbers"
+        f"The merge is {merge}; every repair stands on it. {recipe.repair[0].name} adds {count:,} numbers"
         f" for all tasks together. Intervals are 95 %, {spread}. Where the task is routed, each input goes to the task whose"
         " expert's mean feature is nearest."
     )
@@ -119,7 +138,7 @@ def _stream(recipe: Recipe, found: list[dict[str, Any]]) -> list[dict[str, Any]]
         {
             "kind": "lines",
             "title": "Accuracy along the stream",
-            "caption": f"{recipe.method.name} sees every input once; test images are counted on the way.",
+            "caption": f"{recipe.repair[0].name} sees every input once; test images are counted on the way.",
             "x_label": "inputs seen (%)",
             "y_label": "accuracy",
             "unit": "%",
@@ -138,8 +157,9 @@ def summary(recipe: Recipe, ledger: dict[str, Any]) -> str:
     def shown(label: str) -> str:
         return f"{rows[label]['mean']:.1f} % [{rows[label]['low']:.1f}, {rows[label]['high']:.1f}]"
 
+    merged, own = labels(recipe)
     count = f"{len(ledger['seeds'])} seeds" if len(ledger["seeds"]) > 1 else "one seed"
     return (
-        f"Over {count}, {recipe.method.name} brings a merge of {len(domains)} experts from {shown(MERGED)} to"
-        f" {shown(recipe.method.name)}, where the experts, each on its own task, have {shown(EXPERTS)}."
+        f"Over {count}, {recipe.repair[0].name} brings a merge of {len(domains)} experts from {shown(merged)} to"
+        f" {shown(own)}, where the experts, each on its own task, have {shown(EXPERTS)}."
     )

@@ -16,21 +16,20 @@ from spolia.core.checkpoint import read_tensors
 from spolia.core.journal import Journal
 from spolia.core.lazy import torch
 from spolia.data.digits import SIZES
-from spolia.errors import Problems, SpoliaError
 from spolia.runs import surgery_ledger
 from spolia.runs.digits_pool import BASE_STEPS, DATA_TOUCHED, EXPERT_STEPS, DigitExperts, make_pool, one_thread
-from spolia.runs.digits_study import needs_base
 from spolia.runs.lifecycle import follow, recorded
 from spolia.runs.plan import Phase, Plan
+from spolia.runs.preprocessing import chained, went_through
 from spolia.runs.recipe import Recipe
 from spolia.runs.schema import DigitsPool
 from spolia.runs.store import RunFolder
-from spolia.runs.surgery_ledger import EXPERTS, MERGED, ROUTED
+from spolia.runs.surgery_ledger import EXPERTS, ROUTED
+from spolia.runs.surgery_merge import beside, learns, merge_of, merged, write_merge
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spolia.core.settings import Settings
     from spolia.methods.surgery.fitting import SurgerySettings
     from spolia.parts.expert import ExpertPool
     from spolia.parts.surgered import SurgeredModel
@@ -58,60 +57,50 @@ class Repair:
 
 
 def repairs_of(recipe: Recipe) -> list[Repair]:
-    """The recipe's own repair, and beside it both methods by both solvers, else with its settings."""
-    own = Repair(recipe.method.name, recipe.method.name, recipe.settings, own=True)
+    """The recipe's own repair; where that is the recipe's method, beside it both methods by both solvers."""
+    method, settings = recipe.repair
+    own = Repair(surgery_ledger.labels(recipe)[1], method.name, settings, own=True)
+    if recipe.surgery is not None:
+        return [own]
     beside = []
     for name in ("surgery", "deep"):
         kind = find(name).settings_class()
-        shared = recipe.settings.model_dump(include=set(kind.model_fields))
+        shared = settings.model_dump(include=set(kind.model_fields))
         for solver in _WAYS:
             if (name, solver) == (own.method, own.settings.solver):
                 continue
-            changed = {"solver": solver, "steps": min(_SHORT, recipe.settings.steps), "online": False}
-            settings = kind(**(shared | changed))
-            how = "closed form" if solver == "closed_form" else f"{settings.steps} steps"
-            beside.append(Repair(f"{name}, {how}", name, settings))
+            changed = {"solver": solver, "steps": min(_SHORT, settings.steps), "online": False}
+            other = kind(**(shared | changed))
+            how = "closed form" if solver == "closed_form" else f"{other.steps} steps"
+            beside.append(Repair(f"{name}, {how}", name, other))
     return [own, *beside]
-
-
-def merge_of(recipe: Recipe) -> tuple[str, Settings]:
-    """The merge that comes first. SpoliaError before any work where it does not fit."""
-    from spolia.runs.verbs import check_settings
-
-    assert isinstance(recipe.pool, DigitsPool)
-    chosen = find(recipe.settings.merge, "method.merge")
-    fewest, most = chosen.settings_class().experts
-    count = len(recipe.pool.domains)
-    if chosen.family != "merge":
-        raise SpoliaError(f"{chosen.name} is no merge", where="method.merge", mend="choose one: spolia list merge")
-    if count < fewest or (most is not None and count > most):
-        raise SpoliaError(f"{chosen.name} does not take {count} experts", where="method.merge", mend="choose another")
-    try:
-        return chosen.name, check_settings(chosen, recipe.settings.merge_settings, count)
-    except SpoliaError as error:
-        told = Problems()
-        for problem in error.problems:
-            told.add(problem.where.replace("settings", "method.merge_settings", 1), problem.what, problem.mend)
-        raise SpoliaError(problems=told.errors) from None
 
 
 def plan_surgery(recipe: Recipe) -> Plan:
     """What running the recipe would do."""
     assert isinstance(recipe.pool, DigitsPool)
-    merge, _ = merge_of(recipe)
+    (merge, _), (repair, settings) = merge_of(recipe), recipe.repair
     domains, repairs = len(recipe.pool.domains), repairs_of(recipe)
-    steps = sum(r.steps * (domains if r.method == "deep" else 1) for r in repairs)
+    steps = _steps(recipe, repairs)
     seconds = _START + recipe.seeds * (_PER_POOL + _PER_STEP * steps + _PER_FIT * len(repairs))
     each = f" for each of {recipe.seeds} seeds" if recipe.seeds > 1 else ""
-    inputs = surgery_ledger.seen(recipe.settings)
+    what = find(merge).summary + went_through(recipe.preprocess)
+    trained = "coefficients" if learns(recipe) else "nothing"
     return Plan(
-        title=f"{recipe.method.name} on a {merge} merge of {domains} digits experts{each}",
+        title=f"{repair.name} on a {chained(recipe.preprocess, merge)} merge of {domains} digits experts{each}",
         method=recipe.method.name,
         phases=[
             Phase("base", "fits the base and one head a domain", DATA_TOUCHED["base and heads"], "encoder and heads"),
             Phase("fine-tune", "fine-tunes an encoder a domain", DATA_TOUCHED["experts"], "encoder", "heads"),
-            Phase("merge", find(merge).summary, "weights only", writes="result/ (first seed)"),
-            Phase("surgery", recipe.method.summary, inputs, "adapters", "encoder, heads", "result/adapters/"),
+            Phase("merge", what, surgery_ledger.sees(merge), trained, writes="result/ (first seed)"),
+            Phase(
+                "surgery",
+                repair.summary,
+                surgery_ledger.seen(settings),
+                "adapters",
+                "encoder, heads",
+                "result/adapters/",
+            ),
             Phase("test", "counts right answers of experts, merge and repairs", f"{SIZES['test']} digits"),
         ],
         peak_memory_bytes=450_000_000,
@@ -127,9 +116,8 @@ def run_surgery(recipe: Recipe, run: RunFolder, progress: Any) -> None:
     """Every seed, the table and figures, and the first seed's merge with its adapters in result/."""
     assert isinstance(recipe.pool, DigitsPool)
     repairs, domains = repairs_of(recipe), len(recipe.pool.domains)
-    steps = sum(r.steps * (domains if r.method == "deep" else 1) for r in repairs)
     left = [seed for seed in _seeds(recipe) if not (run.path / _scores(seed)).exists()]
-    total = len(left) * (BASE_STEPS + EXPERT_STEPS * domains + steps)
+    total = len(left) * (BASE_STEPS + EXPERT_STEPS * domains + _steps(recipe, repairs))
     journal = Journal(run.path, progress=follow(progress, total))
     found: list[dict[str, Any]] = []
     with recorded(run, journal, progress, total), one_thread():
@@ -140,10 +128,18 @@ def run_surgery(recipe: Recipe, run: RunFolder, progress: Any) -> None:
                 scored = _score(recipe, run, repairs, seed, journal)
                 run.write_json(_scores(seed), scored)
             found.append(scored)
-            ledger = surgery_ledger.ledger(run, recipe, [r.label for r in repairs], found)
+            ledger = surgery_ledger.ledger(run, recipe, found)
             run.write_json("results.json", ledger)
             run.write_json("figures.json", surgery_ledger.figures(recipe, found))
         run.write_text("summary.txt", surgery_ledger.summary(recipe, ledger) + "\n")
+
+
+def _steps(recipe: Recipe, repairs: list[Repair]) -> int:
+    """Steps of a seed's loops, those of the pool aside."""
+    assert isinstance(recipe.pool, DigitsPool)
+    domains = len(recipe.pool.domains)
+    learned = learns(recipe) if recipe.surgery is not None else 0
+    return learned + sum(repair.steps * (domains if repair.method == "deep" else 1) for repair in repairs)
 
 
 def _seeds(recipe: Recipe) -> list[int]:
@@ -166,8 +162,11 @@ def _score(recipe: Recipe, run: RunFolder, repairs: list[Repair], seed: int, jou
     assert isinstance(recipe.pool, DigitsPool)
     pool = make_pool(run.checkpoints / f"seed-{seed}", recipe.pool.domains, seed, journal)
     experts = {domain: read_tensors(pool.expert(domain)) for domain in pool.domains}
-    merged, test = _merged(recipe, pool, seed), pool.tasks("test")
-    told = {EXPERTS: {}, MERGED: _counts(evaluate(pool.outputs(merged), test))}
+    first, test = merged(recipe, run, pool, seed, journal), pool.tasks("test")
+    name, own = surgery_ledger.labels(recipe)
+    told: dict[str, dict[str, Any]] = {EXPERTS: {}}
+    for label, state in {**beside(recipe, pool, seed), name: first}.items():
+        told[label] = _counts(evaluate(pool.outputs(state), test))
     for task in test:
         told[EXPERTS] |= _counts(evaluate(pool.outputs(experts[task.name]), [task]))
     scored: dict[str, Any] = {"scores": told, "bias": {}, "facts": {}, "points": {}}
@@ -175,37 +174,18 @@ def _score(recipe: Recipe, run: RunFolder, repairs: list[Repair], seed: int, jou
     models: dict[str, SurgeredModel] = {}
     for repair in repairs:
         with journal.phase(f"seed {seed} {repair.label}"):
-            model = models[repair.label] = _repaired(repair, merged, held, pool, test, seed, journal)
+            model = models[repair.label] = _repaired(repair, first, held, pool, test, seed, journal)
         told[repair.label] = _counts(evaluate(lambda name, x, model=model: model(x, name), test))
         scored["bias"][repair.label] = measure_bias(model, held, {task.name: task.x for task in test})
         if repair.own:
             told[repair.label + ROUTED] = {task.name: _routed(model, task) for task in test}
             scored["facts"] = model.facts
             if seed == recipe.seed:
-                _keep(recipe, run, pool, model)
+                write_merge(recipe, run, pool)
+                model.adapters.save(_adapters(run))
     if seed == recipe.seed:
-        scored["points"] = _projected(pool, experts, merged, models, test, recipe.method.name)
+        scored["points"] = _projected(pool, experts, (name, first), (own, models[own]), test)
     return scored
-
-
-def _merged(recipe: Recipe, pool: DigitExperts, seed: int, out: Any = None) -> Any:
-    """The merge that comes first: its tensors, or with `out` its folder."""
-    from spolia.runs.verbs import merge
-
-    name, settings = merge_of(recipe)
-    looks = bool(find(name).data)
-    made = merge(
-        {domain: pool.expert(domain) for domain in pool.domains},
-        base=pool.base if needs_base(name, len(pool.domains)) else None,
-        method=name,
-        settings=settings,
-        seed=seed,
-        out=out,
-        dtype="float32",
-        network=pool.network if looks else None,
-        unlabelled=pool.unlabelled(pool.domains) if looks else None,
-    )
-    return made.weights if looks and out is None else made
 
 
 def _repaired(
@@ -237,19 +217,12 @@ def _counts(shares: Mapping[str, Share]) -> dict[str, list[int]]:
     return {name: [share.correct, share.total] for name, share in shares.items()}
 
 
-def _keep(recipe: Recipe, run: RunFolder, pool: DigitExperts, model: SurgeredModel) -> None:
-    if not run.result.exists():  # it appears when it is whole
-        _merged(recipe, pool, recipe.seed, run.result)
-    model.adapters.save(_adapters(run))
-
-
 def _projected(
     pool: DigitExperts,
     experts: dict[str, State],
-    merged: State,
-    models: dict[str, SurgeredModel],
+    merged: tuple[str, State],
+    repaired: tuple[str, SurgeredModel],
     test: list[Task],
-    own: str,
 ) -> dict[str, Any]:
     """Final features of one domain's test images, in the plane in which the expert's vary most."""
     task = test[-1]
@@ -258,8 +231,8 @@ def _projected(
         network = pool.network
         rows: dict[str, Callable[[], Tensor]] = {
             f"expert {task.name}": lambda: network.features(x, experts[task.name]),
-            MERGED: lambda: network.features(x, merged),
-            own: lambda: models[own].features(x, task.name),
+            merged[0]: lambda: network.features(x, merged[1]),
+            repaired[0]: lambda: repaired[1].features(x, task.name),
         }
         features = {name: compute() for name, compute in rows.items()}
         expert = features[f"expert {task.name}"]

@@ -84,6 +84,7 @@ def key_of(prepared: Prepared) -> str:
         *digest(request),
     ]
     parts += [[m.name, checkpoint_of(m).fingerprint] for m in pool.models]
+    parts += [step.to_dict() for step in request.preprocess]
     parts += [[t.name, t.base, t.experts, t.shape, repr(request.settings_for(t.name))] for t in prepared.aligned]
     parts += [sorted((f, h.hex()) for f, h in prepared.layout.headers.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -105,6 +106,7 @@ def agreement(prepared: Prepared) -> dict[str, str]:
         "dtype": request.out_dtype or "as stored",
         "models": short(models),
         "settings": short([[t.name, repr(request.settings_for(t.name))] for t in prepared.aligned]),
+        "preprocess": short([step.to_dict() for step in request.preprocess]),
         "recipe": short(request.recipe),
         "files of the result": short(sorted((f, h.hex()) for f, h in prepared.layout.headers.items())),
         "all": key_of(prepared),

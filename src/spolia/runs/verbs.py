@@ -14,8 +14,10 @@ from spolia.runs import measuring
 from spolia.runs.asked import check_settings, checked_dtype, request_from, request_of
 
 if TYPE_CHECKING:
+    from spolia.catalog import Method
     from spolia.core.journal import Journal
     from spolia.parts.network import Network
+    from spolia.parts.preprocessed import Step
     from spolia.runs.cost import Machine
     from spolia.runs.merging import Prepared
     from spolia.runs.plan import Plan
@@ -31,6 +33,7 @@ def merge(
     base: Any = None,
     method: str = "average",
     settings: Mapping[str, Any] | Settings | None = None,
+    preprocess: Sequence[str | Mapping[str, Any]] | None = None,
     out: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
     seed: int = 0,
@@ -51,12 +54,14 @@ def merge(
     `experts` and `base` are model folders or files, hub ids, modules or state dicts (experts as a list, or a mapping that
     names them); a LoRA adapter is `BASE+ADAPTER`, or its folder alone where `base` is given. Returns the merged state
     dict, in `dtype` or each tensor's own type; or, with `out`, writes a model folder there and returns its path (then all
-    models must be on disk). `share` lets several processes that make the same call work on it together (docs/scale.md).
+    models must be on disk). `preprocess` lists what is done to the task vectors first, in order: `[{"name": "ties",
+    "density": 0.2}, "awd"]`. `share` lets several processes that make the same call work on it together (docs/scale.md).
     `evaluate` is called with the finished folder and returns a number for each task, higher is better;
     they stand in its card and in results.json.
-    Methods that look at inputs (adamerging) take `network`, which runs the experts, and `unlabelled`, inputs by task (an
-    expert's name); they return Learned: weights, coefficients and what was seen. `tested_on`, inputs by task, are compared
-    with what was adapted on. `journal`, a folder, keeps their state, so that the same call goes on after a kill.
+    Methods that look at inputs (adamerging, fisher, regmean) take `network`, which runs the experts, and `unlabelled`,
+    inputs by task (an expert's name); they return Learned: weights, coefficients and what was seen. `tested_on`, inputs by
+    task, are compared with what was adapted on. `journal`, a folder, keeps their state, so that the same call goes on
+    after a kill.
     Nothing given is changed. Raises SpoliaError with everything that does not fit, before any tensor is merged.
     """
     if isinstance(experts, str | os.PathLike):
@@ -67,6 +72,7 @@ def merge(
             f"{method} is no merge", where="method", mend=f"call spolia.{chosen.family}, or choose another"
         )
     checked = check_settings(chosen, settings, len(experts))
+    steps = _steps(preprocess, chosen, len(experts))
     if share and out is None:
         raise SpoliaError("needs a folder that all processes see", where="share", mend="give `out`")
     if evaluate is not None:
@@ -92,6 +98,7 @@ def merge(
             journal=journal,
             progress=progress,
             render=render_card,
+            steps=steps,
         )
         if out is None:
             return learned
@@ -101,10 +108,10 @@ def merge(
     if out is None:
         from spolia.runs.memory import merge_in_memory
 
-        return merge_in_memory(experts, base, chosen, checked, dtype, seed, threads, chunk_memory, progress)
+        return merge_in_memory(experts, base, chosen, checked, dtype, seed, threads, chunk_memory, progress, steps)
     from spolia.runs.merging import run_merge
 
-    request = request_from(experts, base, chosen, checked, dtype, seed)
+    request = request_from(experts, base, chosen, checked, dtype, seed, steps)
     facts: dict[str, Any] = {}
     folder = run_merge(
         request,
@@ -122,6 +129,14 @@ def merge(
 
         measuring.measure(folder, evaluate, facts, render_card)
     return folder
+
+
+def _steps(given: Any, chosen: Method, experts: int) -> tuple[Step, ...]:
+    if given is None:
+        return ()
+    from spolia.runs.preprocessing import asked_steps
+
+    return asked_steps(given, chosen, experts)
 
 
 def card_of(prepared: Prepared, name: str, facts: dict[str, Any] | None = None) -> str:

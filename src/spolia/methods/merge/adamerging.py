@@ -26,9 +26,8 @@ statistics are found anew.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import field_validator
 
@@ -37,10 +36,9 @@ from spolia.core.journal import Journal
 from spolia.core.lazy import torch
 from spolia.core.seeds import generator
 from spolia.core.settings import LearnedSettings, PerModel, each, setting
-from spolia.core.stream import Block, Stack
 from spolia.errors import SpoliaError
-from spolia.methods.merge import awd
-from spolia.methods.merge.sparsify import Ties, separated, survey
+from spolia.methods.merge.awd import Disentangling
+from spolia.methods.merge.preprocess import Trimming, step_of
 from spolia.parts.adaptation import Objective, check_inputs, consulted, restated
 from spolia.parts.combination import Combination, fitted
 from spolia.parts.examples import by_task
@@ -48,7 +46,8 @@ from spolia.parts.expert import ExpertPool
 from spolia.parts.layers import grouped
 from spolia.parts.learned import Learned
 from spolia.parts.network import Network
-from spolia.parts.pieces import Prepared, Storage
+from spolia.parts.pieces import Storage
+from spolia.parts.preprocessed import Step
 from spolia.parts.watch import Watch, better, told
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ _PRESETS = {"paper": (500, 1e-3), "fast": (150, 1e-2)}  # steps, learning rate
 
 class AdaMerging(LearnedSettings):
     """Settings of `adamerging`."""
+
+    vectors: ClassVar[bool] = True
 
     granularity: Literal["task", "tensor", "module", "block"] = setting(
         "tensor",
@@ -150,7 +151,7 @@ def adamerging(
     steps, lr = settings.schedule
     with pool.opened():
         storage = Storage(settings.stack_dtype, settings.stack_place, journal.folder)
-        combination = Combination.of(pool, network, _prepared(settings), storage, seed)
+        combination = Combination.of(pool, network, _steps(settings), storage, seed)
         teachers = consulted(combination, watch, inputs, settings, steps, seed)
         search = _Search(combination, Objective(inputs, settings, teachers), watch, settings, lr, seed)
         with journal.phase("adapt"):
@@ -233,6 +234,7 @@ class _Search:
         return {
             "method": "adamerging",
             "settings": self.settings.model_dump(mode="json"),
+            "preprocess": [step.to_dict() for step in self.combination.pool.steps],
             "groups": len(self.groups),
             "no gradient": self.combination.unreached,
             "inputs": told(self.objective.inputs, self.watch.held),
@@ -277,21 +279,7 @@ def gradient(
     return objective.everywhere(losses, combination.projected())
 
 
-def _prepared(settings: AdaMerging) -> Prepared | None:
+def _steps(settings: AdaMerging) -> tuple[Step, ...]:
     if settings.preprocess == "ties":
-        return Prepared(Ties(density=settings.density), survey, separated)
-    if settings.preprocess == "awd":
-        return Prepared(awd.Awd(), awd.survey, _remainders)
-    return None
-
-
-def _remainders(stack: Stack, settings: awd.Awd, found: awd.Disentangled) -> Iterator[tuple[Block, Tensor]]:
-    """Task vectors without what they share, as `awd` adds them: blocks [experts, n]."""
-    shared = found.of(stack).to(stack.dtype)  # [groups, experts]
-    rows = replace(stack, shape=(len(shared), stack.numel // len(shared)))
-    for block in rows.blocks(whole_rows=len(shared) > 1):
-        vectors = block.deltas()
-        row = rows.row if len(shared) > 1 else vectors.shape[1]
-        own = shared[block.start // row : block.stop // row] if len(shared) > 1 else shared
-        parts = vectors.view(len(vectors), -1, row)  # [experts, rows, n]
-        yield block, (parts - torch.einsum("rk,krn->rn", own, parts)).reshape(vectors.shape)
+        return (step_of("ties", Trimming(density=settings.density)),)
+    return (step_of("awd", Disentangling()),) if settings.preprocess == "awd" else ()

@@ -31,12 +31,12 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import field_validator
 
 from spolia.core.lazy import torch
-from spolia.core.settings import MergeSettings, PerModel, each, setting
+from spolia.core.settings import MergeSettings, PerModel, Settings, each, setting
 from spolia.core.stream import Block, Stack, Stopped
 from spolia.methods.merge.matrices import VOCABULARY
 
@@ -49,14 +49,12 @@ _DEAD = 1e-7  # cosines below it are rounding: orthogonal vectors must stay as t
 _GROUPS = 1024  # solved together: what they need stays in the cache
 
 
-class Awd(MergeSettings):
-    """Settings of `awd`."""
+class Disentangling(Settings):
+    """What the shared vectors follow from: settings of `awd` as a preprocessing."""
 
     granularity: Literal["global", "tensor", "row"] = setting(
         "row", "what one shared vector is sought for", source="the authors' later code"
     )
-    scale: float = setting(0.3, "lambda, factor of the summed remainders", source="as task_arithmetic")
-    weight: PerModel = setting(1.0, "factor of each remainder", source=_XIONG)
     alpha: float = setting(0.1, "weight of the shared vector's length", source=f"{_XIONG}, through a third party", ge=0)
     solver: Literal["prox", "paper"] = setting(
         "prox", "decaying proximal steps, or the paper's fixed ones", source=_SPEC
@@ -96,6 +94,14 @@ class Awd(MergeSettings):
         return len(shape) > 1 and not (self.exclude and re.search(self.exclude, name))
 
 
+class Awd(Disentangling, MergeSettings):
+    """Settings of `awd`."""
+
+    vectors: ClassVar[bool] = True
+    scale: float = setting(0.3, "lambda, factor of the summed remainders", source="as task_arithmetic")
+    weight: PerModel = setting(1.0, "factor of each remainder", source=_XIONG)
+
+
 @dataclass(frozen=True)
 class Disentangled:
     """What the survey found: a [groups, experts] by tensor (`everywhere`: of all others), and how orthogonal groups are."""
@@ -131,7 +137,26 @@ def awd(stack: Stack, settings: Awd, found: Disentangled) -> Iterator[tuple[Bloc
         yield block, block.base.add_(change.reshape(-1))
 
 
-def survey(model: Any, settings: Awd) -> Disentangled:
+def remainders(stack: Stack, settings: Disentangling, found: Disentangled) -> Iterator[tuple[Block, Tensor]]:
+    """Task vectors without what they share, each by itself: blocks [experts, n].
+
+    Products and sums are rounded one by one: no bit hangs on where blocks begin, so every sweep meets the same numbers.
+    """
+    shared = found.of(stack).to(stack.dtype)  # [groups, experts]
+    grouped = replace(stack, shape=(len(shared), stack.numel // len(shared)))
+    for block in grouped.blocks(whole_rows=len(shared) > 1):
+        vectors = block.deltas()
+        row = grouped.row if len(shared) > 1 else vectors.shape[1]
+        own = shared[block.start // row : block.stop // row] if len(shared) > 1 else shared
+        parts = vectors.view(len(vectors), -1, row)  # [experts, rows, n]
+        common = torch.zeros_like(parts[0])
+        for part, factor in zip(parts, own.t().unsqueeze(2), strict=True):
+            common += part * factor
+        parts -= common
+        yield block, vectors
+
+
+def survey(model: Any, settings: Disentangling) -> Disentangled:
     """The coefficients of every group, from one read of all models."""
     if settings.granularity == "global":
         count = len(model.sizes)
@@ -148,7 +173,7 @@ def survey(model: Any, settings: Awd) -> Disentangled:
     return Disentangled(coefficients, None, _facts([seen for _, seen in solved.values()]))
 
 
-def disentangle(grams: Tensor, settings: Awd, stop: threading.Event | None = None) -> tuple[Tensor, Tensor]:
+def disentangle(grams: Tensor, settings: Disentangling, stop: threading.Event | None = None) -> tuple[Tensor, Tensor]:
     """a [groups, experts] of the shared vectors, fp64, from Gram matrices [groups, experts, experts].
 
     And for every group the mean |cos| of the task vectors, that of the remainders, and |delta| over the mean norm of the
@@ -161,7 +186,7 @@ def disentangle(grams: Tensor, settings: Awd, stop: threading.Event | None = Non
     return a, seen
 
 
-def _solve(gram: Tensor, settings: Awd, stop: threading.Event | None) -> tuple[Tensor, Tensor]:
+def _solve(gram: Tensor, settings: Disentangling, stop: threading.Event | None) -> tuple[Tensor, Tensor]:
     """As `disentangle`, for groups side by side: every step is a few long loops over them."""
     prox = settings.solver == "prox"
     if prox:
@@ -225,7 +250,7 @@ class _Pairs:
         return cosines.abs().sum(0) / (product > 0).sum(0).clamp(min=1)
 
 
-def _together(grams: dict[str, Tensor], settings: Awd) -> dict[str, tuple[Tensor, Tensor]]:
+def _together(grams: dict[str, Tensor], settings: Disentangling) -> dict[str, tuple[Tensor, Tensor]]:
     """The tensors' groups solved side by side, those with equally many experts."""
     solved = {}
     for count in sorted({gram.shape[1] for gram in grams.values()}):
@@ -236,7 +261,7 @@ def _together(grams: dict[str, Tensor], settings: Awd) -> dict[str, tuple[Tensor
     return solved
 
 
-def _gram(stack: Stack, settings: Awd) -> Tensor:
+def _gram(stack: Stack, settings: Disentangling) -> Tensor:
     """G of the whole tensor [1, experts, experts], fp64; [0, …] where it has no shared vector."""
     count = len(stack.experts)
     if not settings.takes(stack.name, stack.shape):
@@ -248,7 +273,7 @@ def _gram(stack: Stack, settings: Awd) -> Tensor:
     return total.unsqueeze(0)
 
 
-def _row_grams(stack: Stack, settings: Awd) -> Tensor:
+def _row_grams(stack: Stack, settings: Disentangling) -> Tensor:
     """G of every row [rows, experts, experts], fp64."""
     count = len(stack.experts)
     if not settings.takes(stack.name, stack.shape) or not stack.numel:

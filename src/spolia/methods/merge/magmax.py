@@ -17,7 +17,7 @@ unlike sign are equally large the positive one is kept, so the order of the expe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from spolia.core.lazy import torch
 from spolia.core.settings import MergeSettings, setting
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 class MagMax(MergeSettings):
     """Settings of `magmax`."""
+
+    vectors: ClassVar[bool] = True
 
     scale: float = setting(0.5, "lambda, factor of the merged task vector", source="Marczak et al. 2024")
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from spolia.core.lazy import torch
 from spolia.core.select import Count, cuts
@@ -42,6 +42,8 @@ _CODE = "Du et al. 2024, code"
 
 class Pcb(MergeSettings):
     """Settings of `pcb`."""
+
+    vectors: ClassVar[bool] = True
 
     density: float = setting(0.1, "r, share of each expert's weights that win", source=_CODE, gt=0, le=1)
     weight: PerModel = setting(1.0, "lambda_k, factor of each task vector", source=f"{_CODE}: start of its search")

@@ -34,6 +34,7 @@ _KIT = "Goddard et al. 2024, code"
 class Ram(MergeSettings):
     """Settings of `ram`."""
 
+    vectors: ClassVar[bool] = True
     boosts: ClassVar[bool] = False
 
     epsilon: float = setting(

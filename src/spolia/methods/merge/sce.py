@@ -21,7 +21,7 @@ fine-tuning changes weights by less. Two reads; three, rarely five, with a selec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from spolia.core.lazy import np, torch
 from spolia.core.select import Cut, cut_of_nonzero
@@ -37,6 +37,8 @@ _PAPER = "Wan et al. 2025"
 
 class Sce(MergeSettings):
     """Settings of `sce`."""
+
+    vectors: ClassVar[bool] = True
 
     density: float = setting(1.0, "share of elements selected", source="all, as in its code", ge=0, le=1)
     floor: float = setting(

@@ -107,19 +107,20 @@ def _l1_ratio(stack: Stack, settings: Any, sweep: Callable[[], Keep]) -> tuple[C
     after = torch.zeros(len(stack.experts), dtype=torch.float64)
     remember = stack.numel * len(stack.experts) // 8 <= stack.spare_bytes
     kept_bits: dict[int, np.ndarray] = {}
-    keep = sweep()
+    keep, sizes = sweep(), torch.empty(0, dtype=stack.dtype)
     for block in stack.blocks(by_rows(settings)):
         deltas = block.deltas()
-        before += deltas.abs().sum(1)
+        sizes.resize_(deltas.shape)  # one buffer for all blocks
+        before += torch.abs(deltas, out=sizes).sum(1)
         kept = keep(block, deltas)
-        after += kept.abs().sum(1)
+        after += torch.abs(kept, out=sizes).sum(1)
         if remember:
             kept_bits[block.start] = np.packbits(kept.numpy() != 0, axis=1)
     ratio = torch.where((before < 1e-7) | (after < 1e-7), 1.0, before / after).to(stack.dtype).unsqueeze(1)
 
     def again(block: Block, deltas: Tensor) -> Tensor:
         bits = np.unpackbits(kept_bits[block.start], axis=1, count=deltas.shape[1])
-        np.multiply(deltas.numpy(), bits, out=deltas.numpy())
+        np.multiply(deltas.numpy(), bits.view(bool), out=deltas.numpy())
         return deltas
 
     return (lambda: again) if remember else sweep, ratio

@@ -38,7 +38,7 @@ from pydantic import ValidationInfo, field_validator, model_validator
 
 from spolia.core.lazy import torch
 from spolia.core.settings import MergeSettings, PerModel, each, setting
-from spolia.core.stream import Block, Stack
+from spolia.core.stream import WIDE_BLOCK, Block, Stack
 from spolia.errors import Problem, SpoliaWarning
 from spolia.methods.merge.sparsifiers import Survey, by_rows, half_window, rescaled, survey
 
@@ -55,6 +55,7 @@ class Sparsified(MergeSettings):
 
     kind: ClassVar[str]
     elect: ClassVar[bool] = True
+    vectors: ClassVar[bool] = True
 
     density: PerModel = setting(0.2, _DENSITY, source=_TIES, unit="0 to 1")
     weight: PerModel = setting(1.0, "factor of each task vector", source=_TIES)
@@ -208,6 +209,8 @@ def warn_unless_told(info: ValidationInfo, field: str, what: str, mend: str) -> 
 def sparsified(stack: Stack, settings: Sparsified, survey: Survey | None = None) -> Iterator[tuple[Block, Tensor]]:
     """Merged blocks of one tensor: [n] each. `survey` holds model-wide thresholds where the scope asks for them."""
     share = torch.tensor(each(settings.weight, len(stack.experts)), dtype=stack.dtype).unsqueeze(1)  # [experts, 1]
+    if settings.kind == "random":
+        stack.block = WIDE_BLOCK  # many short steps a block: fewer blocks, less waiting of threads for each other
     sweep, ratio = rescaled(stack, settings, survey)
     factor = share * ratio
     tie_sign = survey.majority if survey is not None and settings.zero_sign == "majority" else 1.0
@@ -256,7 +259,10 @@ def _agreed(changes: Tensor, share: Tensor, normalize: bool, tie_sign: float) ->
     agreeing = changes.mul_(sign).clamp_(min=0)
     mix = agreeing.sum(0).mul_(sign)
     if normalize:
-        weights = agreeing.sign_().mul_(share).sum(0)
+        agreeing.sign_()
+        if not bool((share == 1).all()):
+            agreeing.mul_(share)
+        weights = agreeing.sum(0)
         if bool((share > 0).all()):
             weights.clamp_(min=torch.finfo(weights.dtype).tiny)  # nobody agreed: mix is 0 there
         else:

@@ -52,6 +52,7 @@ class ConsensusTa(TallMasks):
     """Settings of `consensus_ta`."""
 
     masked: ClassVar[bool] = False
+    vectors: ClassVar[bool] = True
 
     active: int = setting(
         2, "k: tasks that must use a weight; 0 keeps all, more than there are none", source=_WANG, ge=0

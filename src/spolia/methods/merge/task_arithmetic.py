@@ -17,7 +17,7 @@ Data touched: none; the paper tunes lambda on validation data, 0.3 is its choice
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from spolia.core.lazy import torch
 from spolia.core.settings import MergeSettings, PerModel, each, setting
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 class TaskArithmetic(MergeSettings):
     """Settings of `task_arithmetic`."""
+
+    vectors: ClassVar[bool] = True
 
     weight: PerModel = setting(1.0, "factor of each task vector; negative unlearns", source="Ilharco et al. 2023")
     scale: float = setting(0.3, "lambda, factor of the summed task vectors", source="Yang et al. 2024 for eight tasks")

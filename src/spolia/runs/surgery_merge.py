@@ -1,0 +1,108 @@
+"""The merge that surgery on digits stands on: a setting of the surgery, or the recipe's method with its preprocessing."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spolia.catalog import find
+from spolia.core.checkpoint import read_tensors
+from spolia.core.journal import Journal
+from spolia.errors import Problems, SpoliaError, SpoliaWarning
+from spolia.runs.digits_pool import DigitExperts
+from spolia.runs.digits_study import needs_base
+from spolia.runs.recipe import Recipe
+from spolia.runs.schema import DigitsPool
+from spolia.runs.store import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spolia.core.settings import Settings
+
+    State = dict[str, Tensor]
+
+
+def merge_of(recipe: Recipe) -> tuple[str, Settings]:
+    """The merge that comes first. SpoliaError before any work where it does not fit."""
+    from spolia.runs.verbs import check_settings
+
+    assert isinstance(recipe.pool, DigitsPool)
+    if recipe.surgery is not None:
+        return recipe.method.name, recipe.settings
+    chosen = find(recipe.settings.merge, "method.merge")
+    fewest, most = chosen.settings_class().experts
+    count = len(recipe.pool.domains)
+    if chosen.family != "merge":
+        raise SpoliaError(f"{chosen.name} is no merge", where="method.merge", mend="choose one: spolia list merge")
+    if count < fewest or (most is not None and count > most):
+        raise SpoliaError(f"{chosen.name} does not take {count} experts", where="method.merge", mend="choose another")
+    try:
+        return chosen.name, check_settings(chosen, recipe.settings.merge_settings, count)
+    except SpoliaError as error:
+        told = Problems()
+        for problem in error.problems:
+            told.add(problem.where.replace("settings", "method.merge_settings", 1), problem.what, problem.mend)
+        raise SpoliaError(problems=told.errors) from None
+
+
+def learns(recipe: Recipe) -> int:
+    """Steps in which the merge learns coefficients; 0: it learns none."""
+    return getattr(merge_of(recipe)[1], "schedule", (0, 0.0))[0]
+
+
+def merged(recipe: Recipe, run: RunFolder, pool: DigitExperts, seed: int, journal: Journal) -> State:
+    """The merged tensors, in fp32. A merge of the recipe's own is for the first seed written to result/, and read there."""
+    if recipe.surgery is None:
+        made = _made(recipe, pool, seed)
+    elif seed != recipe.seed:
+        made = _made(recipe, pool, seed, journal)
+    else:
+        write_merge(recipe, run, pool, journal)
+        made = read_tensors(run.result)
+    return {name: tensor.float() for name, tensor in made.items()}
+
+
+def write_merge(recipe: Recipe, run: RunFolder, pool: DigitExperts, journal: Journal | None = None) -> None:
+    """The first seed's merge into result/, which appears when it is whole."""
+    if not run.result.exists():
+        _made(recipe, pool, recipe.seed, journal, run.result)
+
+
+def beside(recipe: Recipe, pool: DigitExperts, seed: int) -> dict[str, State]:
+    """The cheap merges that a merge of the recipe's own is compared with."""
+    from spolia.runs.verbs import merge
+
+    found: dict[str, State] = {}
+    for name in ("average", "task_arithmetic") if recipe.surgery is not None else ():
+        if recipe.preprocess or name != recipe.method.name:
+            base = pool.base if needs_base(name, len(pool.domains)) else None
+            found[name] = merge(pool.experts, base=base, method=name, seed=seed)
+    return found
+
+
+def _made(
+    recipe: Recipe, pool: DigitExperts, seed: int, journal: Journal | None = None, out: Path | None = None
+) -> Any:
+    from spolia.runs.verbs import merge
+
+    name, settings = merge_of(recipe)
+    looks = bool(find(name).data)
+    with warnings.catch_warnings(), journal.phase(f"seed {seed} merge") if journal is not None else nullcontext():
+        warnings.simplefilter("ignore", SpoliaWarning)  # that entropy misleads is for the method's page to say
+        made = merge(
+            {domain: pool.expert(domain) for domain in pool.domains},
+            base=pool.base if needs_base(name, len(pool.domains)) else None,
+            method=name,
+            settings=settings,
+            preprocess=[step.to_dict() for step in recipe.preprocess],
+            seed=seed,
+            out=out,
+            dtype=recipe.output.dtype or "float32",
+            network=pool.network if looks else None,
+            unlabelled=pool.unlabelled(pool.domains) if looks else None,
+            journal=journal if looks else None,
+        )
+    return made.weights if looks and out is None else made
