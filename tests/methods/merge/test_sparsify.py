@@ -155,11 +155,13 @@ def cases(draw: st.DrawFn) -> tuple[int, str, int, bool, dict[str, Any]]:
         "rescale": draw(st.sampled_from(["none", "none", "l1"])),
         "scale": draw(st.sampled_from([1.0, 0.3, -1.0])),
     }
-    if grid and (given["scope"] == "row" or given["at_threshold"] == "all"):
+    dtype = draw(st.sampled_from(list(DTYPES)))
+    ties = grid or dtype == "bf16"  # eight bits: changes of equal size come by chance
+    if ties and (given["scope"] == "row" or given["at_threshold"] == "all"):
         given["gamma"] = (0.0,) * count  # a band between two equal thresholds is nobody's definition
     if grid and given["rescale"] == "l1":
         given["zero_sign"] = "+"  # votes scaled by unequal norms cancel by rounding only
-    return count, draw(st.sampled_from(list(DTYPES))), draw(st.integers(0, 999)), grid, given
+    return count, dtype, draw(st.integers(0, 999)), grid, given
 
 
 @pytest.mark.slow
@@ -167,7 +169,7 @@ def cases(draw: st.DrawFn) -> tuple[int, str, int, bool, dict[str, Any]]:
 @given(case=cases(), method=st.sampled_from(["ties", "breadcrumbs", "breadcrumbs_ties"]))
 def test_dense_references(case: tuple[int, str, int, bool, dict[str, Any]], method: str):
     count, dtype, seed, grid, given = case
-    if grid and given["scope"] == "row":
+    if (grid or dtype == "bf16") and given["scope"] == "row":
         return  # which of equal magnitudes a row keeps is not promised: test_rows_keep_the_asked_number
     base, experts = pool(count, DTYPES[dtype], seed, grid)
     want = dense(base, experts, given, elect=method != "breadcrumbs")
