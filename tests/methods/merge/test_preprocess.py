@@ -115,6 +115,7 @@ def test_the_second_step_sees_what_the_first_leaves(order: str) -> None:
     close(got, expected, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ABLE)
 @pytest.mark.parametrize("chain", [[TIES, AWD], [AWD, TIES]], ids=["ties-awd", "awd-ties"])
 def test_it_is_the_merge_of_models_that_hold_the_changed_vectors(method: str, chain: list[Any]) -> None:
@@ -148,6 +149,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, write_model: Write) -> lis
     return [write_model(folder / f"m{i}", state, {"model_type": "x"}) for i, state in enumerate([base, *experts])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS, ids=str)
 def test_streamed_is_in_memory_bit_for_bit_with_any_number_of_threads(
     chain: list[Any], folders: list[Path], tmp_path: Path
