@@ -6,8 +6,9 @@ import hashlib
 
 from spolia.core.lazy import np
 
-_EDGES = 2048  # numbers for the coins of a tile that their byte leaves open: 512 on average, deviation 23
 TILE = 1 << 17  # words drawn from one generator; a block of the streaming engine is one tile
+COINS = 2 * TILE  # coins drawn from one generator: making it costs as much as ten thousand of them
+_EDGES = 4096  # numbers for the coins of a tile that their byte leaves open: 1024 on average, deviation 32
 
 
 def entropy(seed: int, *names: object) -> int:
@@ -40,15 +41,18 @@ def bernoulli(root: int, start: int, stop: int, probability: float) -> np.ndarra
     level = int(probability * 256)
     rest = probability * 256 - level  # exact: a power of two only moves the point
     parts = []
-    for tile in range(start // TILE, -(-stop // TILE)):
-        low = tile * TILE
-        count = min(stop - low, TILE)
+    for tile in range(start // COINS, -(-stop // COINS)):
+        low = tile * COINS
+        count = min(stop - low, COINS)
         source = _source(root, tile)
         finer = source.random(_EDGES)
-        drawn = source.integers(0, 1 << 64, size=-(-count // 8), dtype=np.uint64).view(np.uint8)[:count]
-        coins = drawn < level
-        edge = np.flatnonzero(drawn == level)
+        drawn = source.bit_generator.random_raw(-(-count // 8)).view(np.uint8)
+        coins, open_ = drawn < level, (drawn == level).view(np.uint64)
+        eight = np.flatnonzero(open_ != 0)  # words with such a byte: an eighth of the places to look at
+        there = np.flatnonzero(open_[eight].view(np.uint8))
+        edge = 8 * eight[there >> 3] + (there & 7)
         coins[edge[finer[: edge.size] < rest]] = True
+        coins = coins[:count]
         parts.append(coins[max(start - low, 0) :])
     return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, bool)])
 

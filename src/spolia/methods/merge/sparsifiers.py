@@ -66,10 +66,9 @@ def survey(model: Model, settings: Any) -> Survey | None:
 def _votes(stack: Stack, settings: Any, found: Survey) -> int:
     mine = narrowed(settings, stack.places)
     weight = torch.tensor(each(mine.weight, len(stack.experts)), dtype=stack.dtype).unsqueeze(1)
-    sweep, ratio = rescaled(stack, mine, found)
-    keep, total = sweep(), 0
+    keep, total = rescaled(stack, mine, found, weight)(), 0
     for block in stack.blocks(by_rows(mine)):
-        total += int(keep(block, block.deltas()).mul_(weight * ratio).sum(0).sign_().sum(dtype=torch.float64))
+        total += int(keep(block, block.deltas()).sum(0).sign_().sum(dtype=torch.float64))
     return total
 
 
@@ -93,37 +92,63 @@ def _share_out(model: Model, wanted: Cuts) -> dict[str, list[list[int]]]:
     return quotas
 
 
-def rescaled(stack: Stack, settings: Any, found: Survey | None) -> tuple[Callable[[], Keep], Tensor]:
-    """What makes a fresh `keep`, and the factors [experts, 1] that make up for what it drops."""
+def rescaled(stack: Stack, settings: Any, found: Survey | None, factor: Tensor) -> Callable[[], Keep]:
+    """What makes a fresh `keep` whose changes are made up for what it drops, times `factor` [experts, 1]."""
     sweep = sparsifier(stack, settings, found)
     if settings.rescale == "l1":
-        return _l1_ratio(stack, settings, sweep)
-    return sweep, torch.ones(len(stack.experts), 1, dtype=stack.dtype)
+        ratio, bits = _l1_ratio(stack, settings, sweep)
+        factor = factor * ratio
+        if bits:
+            return lambda: _remembered(bits, factor)
+
+    def scaled() -> Keep:
+        keep = sweep()
+        return lambda block, deltas: keep(block, deltas).mul_(factor)
+
+    return scaled
 
 
-def _l1_ratio(stack: Stack, settings: Any, sweep: Callable[[], Keep]) -> tuple[Callable[[], Keep], Tensor]:
-    """A sweep that remembers what was kept if memory allows, and |tau_k|_1 / |kept_k|_1 of the tensor: [experts, 1]."""
-    before = torch.zeros(len(stack.experts), dtype=torch.float64)
-    after = torch.zeros(len(stack.experts), dtype=torch.float64)
-    remember = stack.numel * len(stack.experts) // 8 <= stack.spare_bytes
-    kept_bits: dict[int, np.ndarray] = {}
+def _l1_ratio(stack: Stack, settings: Any, sweep: Callable[[], Keep]) -> tuple[Tensor, dict[int, list[np.ndarray]]]:
+    """|tau_k|_1 / |kept_k|_1 of the tensor, [experts, 1]; and what was kept, a bit an element, if memory allows."""
+    experts = len(stack.experts)
+    before, after = torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64)
+    remember = stack.numel * experts // 8 <= stack.spare_bytes
+    bits: dict[int, list[np.ndarray]] = {}
+    coins = _draws(stack, each(settings.density, experts)) if settings.kind == "random" else None
     keep, sizes = sweep(), torch.empty(0, dtype=stack.dtype)
     for block in stack.blocks(by_rows(settings)):
         deltas = block.deltas()
         sizes.resize_(deltas.shape)  # one buffer for all blocks
         before += torch.abs(deltas, out=sizes).sum(1)
-        kept = keep(block, deltas)
-        after += torch.abs(kept, out=sizes).sum(1)
+        if coins is not None:
+            kept = coins(block)
+            for size, one in zip(sizes, kept, strict=True):
+                size.mul_(torch.from_numpy(one.view(np.uint8)).to(size))
+            after += sizes.sum(1)
+        else:
+            changes = keep(block, deltas)
+            after += torch.abs(changes, out=sizes).sum(1)
+            kept = list((changes != 0).numpy())
         if remember:
-            kept_bits[block.start] = np.packbits(kept.numpy() != 0, axis=1)
-    ratio = torch.where((before < 1e-7) | (after < 1e-7), 1.0, before / after).to(stack.dtype).unsqueeze(1)
+            bits[block.start] = [np.packbits(one) for one in kept]
+    return torch.where((before < 1e-7) | (after < 1e-7), 1.0, before / after).to(stack.dtype).unsqueeze(1), bits
 
-    def again(block: Block, deltas: Tensor) -> Tensor:
-        bits = np.unpackbits(kept_bits[block.start], axis=1, count=deltas.shape[1])
-        np.multiply(deltas.numpy(), bits.view(bool), out=deltas.numpy())
+
+def _remembered(bits: dict[int, list[np.ndarray]], factor: Tensor) -> Keep:
+    """Keeps what `bits` say, times `factor`: a byte looks up the factors of its eight elements."""
+    ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # [256, 8]
+    tables = [ones * one for one in factor.numpy().ravel()]
+    spare = [np.empty((0, 8), tables[0].dtype)]
+
+    def keep(block: Block, deltas: Tensor) -> Tensor:
+        for delta, packed, table in zip(deltas.numpy(), bits[block.start], tables, strict=True):
+            if len(spare[0]) != packed.size:
+                spare[0] = np.empty((packed.size, 8), table.dtype)
+            factors = np.take(table, packed, axis=0, out=spare[0], mode="clip").ravel()  # another mode would copy
+            np.multiply(delta, factors[: delta.size], out=delta)
         return deltas
 
-    return (lambda: again) if remember else sweep, ratio
+    return keep
 
 
 def by_rows(settings: Any) -> bool:
@@ -230,18 +255,27 @@ def _row_bands(stack: Stack, bands: list[tuple[int, int]]) -> Keep:
 
 
 def _coins(stack: Stack, density: tuple[float, ...], inverse: bool) -> Keep:
-    roots = [entropy(stack.seed, stack.name, place) for place in stack.places]
+    draws = _draws(stack, density)
 
     def keep(block: Block, deltas: Tensor) -> Tensor:
-        for delta, root, d in zip(deltas, roots, density, strict=True):
+        for delta, coins, d in zip(deltas, draws(block), density, strict=True):
             if d < 1:
                 values = delta.numpy()  # numpy multiplies by a mask four times faster than torch
-                np.multiply(values, bernoulli(root, block.start, block.stop, d), out=values)
+                np.multiply(values, coins, out=values)
                 if inverse and d > 0:
                     delta.div_(d)
         return deltas
 
     return keep
+
+
+def _draws(stack: Stack, density: tuple[float, ...]) -> Callable[[Block], list[np.ndarray]]:
+    """Whether each element of a block is kept, for every expert: bool [n] each."""
+    roots = [entropy(stack.seed, stack.name, place) for place in stack.places]
+    return lambda block: [
+        bernoulli(root, block.start, block.stop, d) if d < 1 else np.ones(block.stop - block.start, bool)
+        for root, d in zip(roots, density, strict=True)
+    ]
 
 
 def _magprune(stack: Stack, windows: list[tuple[float, float]], inverse: bool) -> Keep:

@@ -211,17 +211,16 @@ def sparsified(stack: Stack, settings: Sparsified, survey: Survey | None = None)
     share = torch.tensor(each(settings.weight, len(stack.experts)), dtype=stack.dtype).unsqueeze(1)  # [experts, 1]
     if settings.kind == "random":
         stack.block = WIDE_BLOCK  # many short steps a block: fewer blocks, less waiting of threads for each other
-    sweep, ratio = rescaled(stack, settings, survey)
-    factor = share * ratio
+    sweep = rescaled(stack, settings, survey, share)
     tie_sign = survey.majority if survey is not None and settings.zero_sign == "majority" else 1.0
     keep = sweep()
     for block in stack.blocks(by_rows(settings)):
-        changes = keep(block, block.deltas()).mul_(factor)  # [experts, n]
+        changes = keep(block, block.deltas())  # [experts, n], times their weights
         if settings.elect:
             mix = _agreed(changes, share, settings.normalize, tie_sign)
         else:
             total = float(share.sum())
-            mix = changes.sum(0).div_(total if settings.normalize and abs(total) >= 1e-8 else 1.0)
+            mix = added(changes).div_(total if settings.normalize and abs(total) >= 1e-8 else 1.0)
         assert block.base is not None
         yield block, block.base.add_(mix, alpha=settings.scale)
 
@@ -231,38 +230,56 @@ def separated(stack: Stack, settings: Sparsified, survey: Survey | None = None) 
 
     Weights and scale play no part, in the vote neither; TIES vectors of AdaMerging++ are these.
     """
-    sweep, ratio = rescaled(stack, settings, survey)
+    sweep = rescaled(stack, settings, survey, torch.ones(len(stack.experts), 1, dtype=stack.dtype))
     tie_sign = survey.majority if survey is not None and settings.zero_sign == "majority" else 1.0
     keep = sweep()
     for block in stack.blocks(by_rows(settings)):
-        changes = keep(block, block.deltas()).mul_(ratio)
+        changes = keep(block, block.deltas())
         if settings.elect:
-            sign = _elected(changes, tie_sign)
-            changes.mul_(sign).clamp_(min=0).mul_(sign)
+            against = _against(changes, tie_sign)
+            _turn(_turn(changes, against).clamp_(min=0), against)
         yield block, changes
 
 
-def _elected(changes: Tensor, tie_sign: float) -> Tensor:
-    """The sign of the sum, 1 or -1. [experts, n] -> [n]"""
-    votes = changes.sum(0)
-    one = torch.ones((), dtype=votes.dtype)
-    # A cancelled vote is +0, so copysign counts it as plus; 0 - votes is +0 too, so this way it counts as minus.
-    return torch.copysign(one, votes) if tie_sign > 0 else torch.copysign(one, 0 - votes).neg_()
+def added(changes: Tensor) -> Tensor:
+    """The sum over the experts: [experts, n] -> [n]. For so few rows adding one after the other takes half of sum(0)."""
+    total = changes[0].clone()
+    for change in changes[1:]:
+        total += change
+    return total
+
+
+def _against(changes: Tensor, tie_sign: float) -> Tensor:
+    """Sign bits of the sum, as whole numbers: what turns an elected minus into a plus. [experts, n] -> [n]"""
+    votes = added(changes)
+    if (
+        tie_sign < 0
+    ):  # a cancelled vote is +0, which counts as plus; 0 - votes is +0 too, so this way it counts as minus
+        votes = 0 - votes
+    bits = votes.view(torch.int32 if votes.dtype == torch.float32 else torch.int64)
+    lowest = torch.iinfo(bits.dtype).min
+    return (bits & lowest) ^ lowest if tie_sign < 0 else bits.bitwise_and_(lowest)
+
+
+def _turn(values: Tensor, against: Tensor) -> Tensor:
+    """`values`, their sign turned where `against` has it set. In place."""
+    values.view(against.dtype).bitwise_xor_(against)
+    return values
 
 
 def _agreed(changes: Tensor, share: Tensor, normalize: bool, tie_sign: float) -> Tensor:
     """Sum (or weighted mean) over the experts whose change has the elected sign. [experts, n] -> [n]
 
-    Comparisons and masks cost several times a multiplication, so signs do the selecting.
+    Comparisons and masks cost several times a multiplication, so sign bits do the selecting.
     """
-    sign = _elected(changes, tie_sign)
-    agreeing = changes.mul_(sign).clamp_(min=0)
-    mix = agreeing.sum(0).mul_(sign)
+    against = _against(changes, tie_sign)
+    agreeing = _turn(changes, against).clamp_(min=0)
+    mix = _turn(added(agreeing), against)
     if normalize:
         agreeing.sign_()
         if not bool((share == 1).all()):
             agreeing.mul_(share)
-        weights = agreeing.sum(0)
+        weights = added(agreeing)
         if bool((share > 0).all()):
             weights.clamp_(min=torch.finfo(weights.dtype).tiny)  # nobody agreed: mix is 0 there
         else:
