@@ -128,7 +128,7 @@ def judge(pool: LanguagePool, file: Path) -> Judged:
         if entry.label in judged.test[entry.ledger]:
             continue
         start = time.perf_counter()
-        test, validation, value = _merged(pool, entry, base)
+        test, validation, value = chosen_merge(pool, entry, base)
         judged.test[entry.ledger][entry.label] = test
         judged.validation[entry.ledger][entry.label] = validation
         if value is not None:
@@ -154,14 +154,14 @@ def _shown(references: Scores, texts: Sequence[str]) -> Scores:
     return {label: {t: found[t] for t in texts} for label, found in references.items() if label not in others}
 
 
-def _merged(pool: LanguagePool, entry: Entry, base: dict[str, Any]) -> tuple[Found, float, float | None]:
+def chosen_merge(pool: LanguagePool, entry: Entry, base: dict[str, Any]) -> tuple[Found, float, float | None]:
     """The entry's likelihoods on test texts, nats on validation (mean over texts), and the value that was chosen."""
     kind = find(entry.method).settings_class()
     judged = _masked if entry.masked else _single
     if not entry.chosen:
         return judged(pool, entry, {}, "test"), mean_nats(judged(pool, entry, {}, "validation")), None
     default = kind.model_fields[entry.chosen].default
-    merged = {} if entry.masked else _merge(pool, entry, {})
+    merged = {} if entry.masked else merge(pool, entry, {})
 
     def score(value: float) -> float:
         if entry.masked:
@@ -175,19 +175,19 @@ def _merged(pool: LanguagePool, entry: Entry, base: dict[str, Any]) -> tuple[Fou
     return judged(pool, entry, {entry.chosen: value}, "test"), -max(curve), value
 
 
-def _merge(pool: LanguagePool, entry: Entry, settings: dict[str, float]) -> dict[str, Any]:
+def merge(pool: LanguagePool, entry: Entry, settings: dict[str, float]) -> dict[str, Any]:
     experts = {text: pool.experts[text] for text in entry.texts}
     start = pool.base if find(entry.method).settings_class().base == "required" else None
     return spolia.merge(experts, base=start, method=entry.method, settings=settings, seed=pool.seed, threads=1)
 
 
 def _single(pool: LanguagePool, entry: Entry, settings: dict[str, float], part: str) -> Found:
-    return pool.judge(_merge(pool, entry, settings), part, entry.texts)
+    return pool.judge(merge(pool, entry, settings), part, entry.texts)
 
 
 def _masked(pool: LanguagePool, entry: Entry, settings: dict[str, float], part: str) -> Found:
     """Each text under the merged model with the mask of its own expert put on."""
-    merged = _merge(pool, entry, settings)
+    merged = merge(pool, entry, settings)
     masks = spolia.masks(pool.experts, base=pool.base, method=entry.method, settings=settings, threads=1)
     own = {text: spolia.attach(merged, masks[text], base=pool.base, threads=1) for text in entry.texts}
     return {text: pool.judge(state, part, (text,))[text] for text, state in own.items()}

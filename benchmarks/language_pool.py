@@ -100,16 +100,29 @@ def _topics() -> Parts:
 
 def spread(text: str, size: int) -> str:
     """About `size` characters of `text`, in stretches at even distances that begin with a line and end with a word."""
+    return "".join(text[start:stop] + "\n" for start, stop in _stretches(text, size)) if len(text) > size else text
+
+
+def left(text: str, size: int) -> str:
+    """What `spread` leaves of `text`."""
     if len(text) <= size:
-        return text
-    taken, stop = [], 0
+        return ""
+    found = _stretches(text, size)
+    ends = [0, *(stop for _, stop in found)]
+    return "".join(
+        text[end:start] for end, start in zip(ends, [*(start for start, _ in found), len(text)], strict=True)
+    )
+
+
+def _stretches(text: str, size: int) -> list[tuple[int, int]]:
+    found, stop = [], 0
     for stretch in range(STRETCHES):
         start = text.find("\n", stretch * len(text) // STRETCHES - 1) + 1 if stretch else 0
         start = max(start, stop)
         gap = _GAP.search(text, start + size // STRETCHES)
         stop = gap.start() if gap else len(text)
-        taken.append(text[start:stop] + "\n")
-    return "".join(taken)
+        found.append((start, stop))
+    return found
 
 
 _GAP = re.compile(r"\s")
@@ -160,16 +173,24 @@ class LanguagePool:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return torch.tensor([self.tokenizer.bos_token_id, *ids])
 
+    def windows(self, text: str, count: int) -> Tensor:
+        """[count, CONTEXT]: windows at even distances from what choosing by validation does not look at."""
+        tokens = self.tokens(left(self.texts[text].validation, SIZES["validation"]))[1:]
+        whole = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+        assert len(whole) >= count, f"{text} has {len(whole)} windows left"
+        return whole[torch.arange(count) * len(whole) // count]
+
     def judge(self, state: Mapping[str, Tensor], part: str, texts: tuple[str, ...] = TEXTS) -> dict[str, Likelihood]:
         """How likely the model with weights `state` finds each text's `part` (validation or test)."""
         model = self._scratch
         missing, unknown = model.load_state_dict(dict(state), strict=False)
         assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)  # the head is the embedding
-        return {
-            text: likelihood(model, tokens, context=CONTEXT, size=size)
-            for text in texts
-            for tokens, size in [self._judged[part, text]]
-        }
+        return {text: self.hear(model, text, part) for text in texts}
+
+    def hear(self, outputs: Callable[[Tensor], Any], text: str, part: str) -> Likelihood:
+        """How likely `outputs`, ids [windows, CONTEXT] to logits, finds one text's `part`."""
+        tokens, size = self._judged[part, text]
+        return likelihood(outputs, tokens, context=CONTEXT, size=size)
 
 
 def new_model(folder: Path) -> Any:

@@ -168,7 +168,9 @@ def fitted(pool: ExpertPool, network: Network) -> tuple[list[Aligned], dict[str,
     own = network.module.state_dict(keep_vars=True)
     known = {t.name for t in aligned} | set(tied)
     mend = "give a network of the experts' own architecture, and the experts as modules where loading renames tensors"
-    for names, who in ((own.keys() - known, "the experts lack"), (known - own.keys(), "the module lacks")):
+    held = {id(own[name]) for name in known & own.keys()}  # files may hold what the module ties under one of its names
+    lacking = {name for name in own.keys() - known if id(own[name]) not in held}
+    for names, who in ((lacking, "the experts lack"), (known - own.keys(), "the module lacks")):
         if names:
             first = sorted(names)[0]
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

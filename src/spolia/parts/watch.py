@@ -1,6 +1,7 @@
 """Watching a merge without labels: how often it says what each task's own expert says, on inputs kept apart for that.
 
-Entropy may fall while answers get worse, so it is no yardstick. Agreement with the experts needs no labels either.
+Entropy may fall while answers get worse, so it is no yardstick. Agreement with the experts needs no labels either. It does
+not see how sure an answer is: where probabilities count, as in a language model, the distance to the experts' does.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from spolia.core.dist import summed, world
 from spolia.core.lazy import np, torch
-from spolia.core.outputs import entropy, flatness, mean_distribution
+from spolia.core.outputs import divergence, entropy, flatness, mean_distribution
 from spolia.parts.examples import Examples
 from spolia.parts.network import Network
 
@@ -31,6 +32,8 @@ class Watch:
     batch: int = 64  # inputs a forward pass
     answers: dict[str, Tensor] = field(default_factory=dict)  # classes [inputs(, tokens)] of each task's own expert
     flat: dict[str, float] = field(default_factory=dict)  # of the expert's mean distribution: 1 is even
+    measures: bool = False  # whether the distance to the experts is looked at: their logits are kept then
+    logits: dict[str, Tensor] = field(default_factory=dict)  # [inputs(, tokens), classes]
 
     @property
     def tasks(self) -> list[str]:
@@ -46,18 +49,22 @@ class Watch:
         """Note what `network`, now the task's expert, answers."""
         if not len(self.held[task]):
             return
-        found = [
-            (logits.argmax(-1).cpu(), mean_distribution(logits)) for _, logits in self._passes(network, task, 0, 1)
-        ]
-        self.answers[task] = torch.cat([classes for classes, _ in found])
-        mean = torch.stack([part for _, part in found]).sum(0)
+        answers, means, kept = [], [], []
+        for _, logits in self._passes(network, task, 0, 1):
+            answers.append(logits.argmax(-1).cpu())
+            means.append(mean_distribution(logits))
+            kept += [logits.cpu()] if self.measures else []
+        self.answers[task] = torch.cat(answers)
+        if self.measures:
+            self.logits[task] = torch.cat(kept)
+        mean = torch.stack(means).sum(0)
         self.flat[task] = flatness(mean / mean.sum())
 
     def look(self, network: Network) -> dict[str, Any]:
-        """What the network does now, as JSON: mean agreement, and by task entropy, agreement, accuracy, predictions."""
+        """What the network does now, as JSON: means over tasks, and by task entropy, agreement, accuracy, predictions."""
         tasks = {task: self._one(network, task) for task in self.tasks}
         seen: dict[str, Any] = {"tasks": tasks}
-        for name in ("agreement", "entropy", "accuracy"):
+        for name in ("agreement", "entropy", "accuracy", "divergence"):
             values = [one[name] for one in tasks.values() if name in one]
             if values:
                 seen[name] = fmean(values)
@@ -70,7 +77,7 @@ class Watch:
 
     def _one(self, network: Network, task: str) -> dict[str, Any]:
         rank, ranks = world()
-        totals = torch.zeros(4, dtype=torch.float64)  # predictions, agreeing, right, labelled
+        totals = torch.zeros(5, dtype=torch.float64)  # predictions, agreeing, right, labelled, nats from the expert
         bits, mean, counts = torch.zeros(1, dtype=torch.float64), None, None
         for places, logits in self._passes(network, task, rank, ranks):
             classes = logits.argmax(-1).cpu()
@@ -81,6 +88,9 @@ class Watch:
                 labels = self.held[task].labels_at(places).cpu()
                 totals[2] += int((classes == labels).sum())
                 totals[3] += int((labels >= 0).sum())
+            if self.measures:
+                expert = self.logits[task][torch.from_numpy(places)].to(logits.device).float()
+                totals[4] += float(divergence(logits.float(), expert).sum(dtype=torch.float64))
             found = torch.bincount(classes.reshape(-1), minlength=logits.shape[-1]).double()
             mean = mean_distribution(logits) + (0 if mean is None else mean)
             counts = found + (0 if counts is None else counts)
@@ -96,6 +106,8 @@ class Watch:
         }
         if totals[3]:
             one["accuracy"] = float(totals[2] / totals[3])
+        if self.measures:
+            one["divergence"] = float(totals[4]) / number
         return one | ({"predicted": [int(c) for c in counts]} if len(counts) <= _MOST_CLASSES else {})
 
     def _classes(self, network: Network, task: str) -> int:
@@ -112,10 +124,11 @@ class Watch:
 
 
 def better(new: Mapping[str, Any], old: Mapping[str, Any] | None, by: str) -> bool:
-    """Whether `new` is to be kept instead of `old`: a higher `by`, or as high with less entropy."""
+    """Whether `new` is to be kept instead of `old`: a better `by`, or as good with less entropy."""
     if old is None:
         return True
-    return (new[by], -new["entropy"]) > (old[by], -old["entropy"])
+    sign = -1 if by == "divergence" else 1
+    return (sign * new[by], -new["entropy"]) > (sign * old[by], -old["entropy"])
 
 
 def told(examples: Mapping[str, Examples], held: Mapping[str, Examples]) -> dict[str, dict[str, int]]:

@@ -476,6 +476,32 @@ def test_the_call_says_what_is_missing() -> None:
         )  # fmt: skip
 
 
+def test_a_guard_by_divergence_sees_how_sure_answers_are() -> None:
+    """Logits lambda W x of one expert: entropy drives lambda past 1, which changes no answer. KL is 0 at 1 and grows."""
+    draws = torch.Generator().manual_seed(0)
+    module = nn.Linear(4, 5, bias=False).double()
+    vector = torch.randn(5, 4, dtype=WIDE, generator=draws)
+    pool = ExpertPool.of({"a": {"weight": vector}}, {"weight": torch.zeros_like(vector)})
+    tokens = torch.randn(40, 3, 4, dtype=WIDE, generator=draws)  # [inputs, tokens, width]
+    found = {}
+    for guard in ("agreement", "divergence"):
+        settings = AdaMerging(start=0.5, lr=0.05, steps=30, check_every=1, clamp="none", guard=guard)
+        found[guard] = adamerging(pool, Network(module), {"a": tokens}, settings)
+    sure, like = (found[guard].coefficients["weight"][0] for guard in ("agreement", "divergence"))
+    assert sure > 1.5 and like == pytest.approx(1, abs=0.05)  # steps of at most about lr
+    facts = found["divergence"].facts
+    assert "divergence" not in found["agreement"].facts["kept"] and facts["kept"]["agreement"] == 1.0
+    assert facts["kept"]["divergence"] == min(look["divergence"] for look in facts["history"])
+    at_start = nn.functional.kl_div(
+        (0.5 * tokens @ vector.t()).log_softmax(-1), (tokens @ vector.t()).softmax(-1), reduction="none"
+    ).sum(-1)
+    places = Examples(tokens, name="a").split(0.2, 0)[1].batch(range(8))
+    same = torch.stack([(tokens == x).flatten(1).all(1) for x in places]).any(0)
+    # logits are kept and compared in fp32
+    assert facts["start"]["divergence"] == pytest.approx(float(at_start[same].mean()), rel=1e-5)
+    assert any("KL from the experts grew" in said for said in facts["warnings"])
+
+
 class Tied(nn.Module):
     """Words whose embedding is the output head too: [batch] -> [batch, 7]."""
 
@@ -488,12 +514,13 @@ class Tied(nn.Module):
         return self.head(self.embed(x).tanh())
 
 
-@pytest.mark.parametrize("stored_twice", [False, True])
-def test_tied_tensors_are_one(stored_twice: bool) -> None:
-    """Both uses send their gradient to one coefficient, whether the experts' files hold the tensor once or twice."""
+@pytest.mark.parametrize("stored", ["tied", "twice", "under one name"])
+def test_tied_tensors_are_one(stored: str) -> None:
+    """Both uses send their gradient to one coefficient, however the experts' files hold the tensor."""
 
     def state(weight: Tensor) -> State:
-        return {"embed.weight": weight, "head.weight": weight.clone() if stored_twice else weight}
+        alias = {"head.weight": weight.clone() if stored == "twice" else weight}
+        return {"embed.weight": weight} | (alias if stored != "under one name" else {})
 
     module = Tied().double()
     start = module.embed.weight.detach().clone()
@@ -509,4 +536,5 @@ def test_tied_tensors_are_one(stored_twice: bool) -> None:
     mean_entropy(nn.functional.embedding(x, weight).tanh() @ weight.t()).backward()
     assert float(slope) == pytest.approx(float(lam.grad), rel=1e-10)  # type: ignore[arg-type]
     merged = made.weights()
-    assert merged["head.weight"] is merged["embed.weight"]
+    assert merged.keys() == state(start).keys()
+    assert stored == "under one name" or merged["head.weight"] is merged["embed.weight"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 import spolia
 from spolia.bench.multitask import evaluate, mean_percent
 from spolia.core.checkpoint import read_tensors
-from spolia.core.journal import Journal
 from spolia.methods.merge.awd import Awd, disentangle
-from spolia.runs.digits_pool import DigitExperts, make_pool
+from spolia.runs.digits_pool import DigitExperts
 
 State = dict[str, torch.Tensor]
 
@@ -43,6 +42,7 @@ def test_two_vectors_end_on_the_sphere_of_thales(norms: tuple[float, float], cos
     assert float(seen[0, 1]) < 1e-3 and float(seen[0, 0]) == pytest.approx(cosine)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("count", [4, 8])
 @pytest.mark.parametrize("cosine", [0.1, 0.15, 0.3, 0.5])
 def test_equal_norms_and_cosines_have_a_closed_form(count: int, cosine: float) -> None:
@@ -175,6 +175,18 @@ def test_the_merge_is_the_sum_of_the_remainders(granularity: Any, count: int) ->
         torch.testing.assert_close(got[n].double(), expected, rtol=0, atol=2e-5)  # fp32 task vectors in the Gram
 
 
+def test_tensors_of_few_and_of_many_rows_are_solved_alike() -> None:
+    """Few rows are solved with those of other tensors, as many as 256 by themselves."""
+    noise = torch.Generator().manual_seed(0)
+    base = {f"{rows}.weight": torch.randn(rows, 5, generator=noise) for rows in (1, 255, 256, 300, 40)}
+    experts = [{n: t + torch.randn(t.shape, generator=noise) + 0.4 for n, t in base.items()} for _ in range(3)]
+    choice = Awd(steps=60)
+    got = spolia.merge(experts, base=base, method="awd", settings=choice)
+    for n, rest in remainders(base, experts, choice).items():
+        # fp32 task vectors in the Gram, as above
+        torch.testing.assert_close(got[n].double(), base[n].double() + 0.3 * rest.sum(0), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("granularity", ["global", "tensor", "row"])
 def test_without_steps_it_is_task_arithmetic(granularity: str) -> None:
     base, experts = models(3)
@@ -199,7 +211,7 @@ def test_a_bad_pattern_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_on_digits_a_scale_that_is_too_large_hurts_less(tmp_path: Path) -> None:
+def test_on_digits_a_scale_that_is_too_large_hurts_less(digit_pool: Callable[..., Any]) -> None:
     """Four experts, three seeds: the changes become orthogonal, the experts stay, and at lambda = 0.8 the merge gains.
 
     At a well-chosen lambda nothing is claimed: there all granularities and task arithmetic are alike.
@@ -207,7 +219,7 @@ def test_on_digits_a_scale_that_is_too_large_hurts_less(tmp_path: Path) -> None:
     domains = ("upright", "turned", "inverted", "permuted")
     gains: dict[str, list[float]] = {"global": [], "tensor": [], "row": []}
     for seed in range(3):
-        pool = make_pool(tmp_path / str(seed), domains, seed, Journal())
+        pool = digit_pool(domains, seed)
         base, experts = read_tensors(pool.base), [read_tensors(pool.expert(d)) for d in domains]
 
         def percent(state: State, pool: DigitExperts = pool) -> float:

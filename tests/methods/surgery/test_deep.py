@@ -109,6 +109,7 @@ def test_many_portions_give_the_closed_form_of_one(make_problem, share) -> None:
         torch.testing.assert_close(parts(x, task), whole(x, task), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("solver", ["closed_form", "adam_l1", "closed_form_then_adam"])
 def test_every_site_comes_nearer_to_the_expert(make_problem, solver) -> None:
     problem = make_problem("ab", count=200)

@@ -110,6 +110,7 @@ def test_tasks_with_fewer_inputs_than_a_batch_are_not_diluted(make_problem) -> N
         torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * FAST.lr)  # sums in another order, as above
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tasks", [2, 4, 8])
 def test_one_adam_for_all_tasks_would_move_each_further(tasks: int) -> None:
     """The authors' optimizer: after a task's turn its momentum moves it in the others' turns too, by sqrt(T) in all.

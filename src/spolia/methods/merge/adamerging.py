@@ -97,8 +97,11 @@ class AdaMerging(LearnedSettings):
     batchnorm: Literal["reestimate", "average"] = setting(
         "reestimate", "running statistics: found anew on the inputs, or the experts' mean", source=_OURS
     )
-    guard: Literal["agreement", "accuracy", "none"] = setting(
-        "agreement", "what decides which step is returned; none: the last", source=_OURS
+    guard: Literal["agreement", "divergence", "accuracy", "none"] = setting(
+        "agreement",
+        "what decides which step is returned: agreement with the experts' answers, KL from their probabilities (their "
+        "logits on the inputs kept apart stay in memory), accuracy where labels are given; none: the last step",
+        source=_OURS,
     )
     held_out: float = setting(0.2, "share of the inputs kept apart for the guard", source=_OURS, ge=0, lt=1)
     held_out_most: int = setting(256, "inputs of a task looked at for the guard, at most", source=_OURS, ge=1)
@@ -143,7 +146,8 @@ def adamerging(
     journal = journal or Journal()
     parts = {task: given[task].split(settings.held_out, seed) for task in tasks}
     inputs = {task: rest for task, (rest, _) in parts.items()}
-    watch = Watch({task: held.first(settings.held_out_most) for task, (_, held) in parts.items()})
+    held = {task: apart.first(settings.held_out_most) for task, (_, apart) in parts.items()}
+    watch = Watch(held, measures=settings.guard == "divergence")
     if settings.guard == "accuracy" and watch.tasks and not watch.can("accuracy"):
         raise SpoliaError(
             "no labels are given", where="unlabelled", mend="Examples(inputs, labels), or another `guard`"
@@ -258,6 +262,9 @@ class _Search:
         if self.watch.tasks and last["entropy"] < first["entropy"] and last["agreement"] < first["agreement"]:
             said = f"entropy fell from {first['entropy']:.3f} to {last['entropy']:.3f} while agreement with the experts fell"
             found.append(f"{said} from {first['agreement']:.1%} to {last['agreement']:.1%}: the tasks conflict")
+        if "divergence" in last and last["entropy"] < first["entropy"] and last["divergence"] > first["divergence"]:
+            said = f"entropy fell from {first['entropy']:.3f} to {last['entropy']:.3f} while KL from the experts grew"
+            found.append(f"{said} from {first['divergence']:.3f} to {last['divergence']:.3f}: it is no guide here")
         return found
 
 

@@ -47,6 +47,7 @@ _XIONG = "Xiong et al. 2024"
 _SPEC = "our choice, in units of the group's rms norm"
 _DEAD = 1e-7  # cosines below it are rounding: orthogonal vectors must stay as they are
 _GROUPS = 1024  # solved together: what they need stays in the cache
+_FEW = 256  # rows below which a tensor is solved with others: alone, its steps would be calls more than arithmetic
 
 
 class Disentangling(Settings):
@@ -161,14 +162,17 @@ def survey(model: Any, settings: Disentangling) -> Disentangled:
     if settings.granularity == "global":
         count = len(model.sizes)
         gram = torch.zeros(1, count, count, dtype=torch.float64)
-        for own, places in model.each(lambda stack: (_gram(stack, settings), stack.places)).values():
+        for own, places in model.each(lambda stack: (_grams(stack, settings), stack.places)).values():
             gram[:, torch.tensor(places)[:, None], places] += own  # in one order, whatever the threads
         everywhere, seen = disentangle(gram, settings)
         return Disentangled({}, everywhere, _facts([seen]))
-    if settings.granularity == "row":
-        solved = model.each(lambda stack: disentangle(_row_grams(stack, settings), settings, stack.stop))
-    else:
-        solved = _together(model.each(lambda stack: _gram(stack, settings)), settings)
+
+    def solve(stack: Stack) -> Tensor | tuple[Tensor, Tensor]:
+        grams = _grams(stack, settings)
+        return grams if len(grams) < _FEW else disentangle(grams, settings, stack.stop)
+
+    found = model.each(solve)
+    solved = found | _together({name: own for name, own in found.items() if not isinstance(own, tuple)}, settings)
     coefficients = {name: a for name, (a, _) in solved.items() if len(a)}
     return Disentangled(coefficients, None, _facts([seen for _, seen in solved.values()]))
 
@@ -254,35 +258,28 @@ def _together(grams: dict[str, Tensor], settings: Disentangling) -> dict[str, tu
     """The tensors' groups solved side by side, those with equally many experts."""
     solved = {}
     for count in sorted({gram.shape[1] for gram in grams.values()}):
-        names = [name for name, gram in grams.items() if len(gram) and gram.shape[1] == count]
-        if names:
-            a, seen = disentangle(torch.cat([grams[name] for name in names]), settings)
-            solved |= {name: (a[k : k + 1], seen[k : k + 1]) for k, name in enumerate(names)}
+        own = {name: gram for name, gram in grams.items() if gram.shape[1] == count}
+        sizes = [len(gram) for gram in own.values()]
+        a, seen = (found.split(sizes) for found in disentangle(torch.cat(list(own.values())), settings))
+        solved |= dict(zip(own, zip(a, seen, strict=True), strict=True))
     return solved
 
 
-def _gram(stack: Stack, settings: Disentangling) -> Tensor:
-    """G of the whole tensor [1, experts, experts], fp64; [0, …] where it has no shared vector."""
-    count = len(stack.experts)
-    if not settings.takes(stack.name, stack.shape):
+def _grams(stack: Stack, settings: Disentangling) -> Tensor:
+    """G of every group of a tensor [groups, experts, experts], fp64; no group where it has no shared vector."""
+    count, rows = len(stack.experts), settings.granularity == "row"
+    if not settings.takes(stack.name, stack.shape) or (rows and not stack.numel):
         return torch.zeros(0, count, count, dtype=torch.float64)
-    total = torch.zeros(count, count, dtype=torch.float64)
-    for block in stack.blocks():
-        wide = block.deltas().double()
-        total.addmm_(wide, wide.t())
-    return total.unsqueeze(0)
-
-
-def _row_grams(stack: Stack, settings: Disentangling) -> Tensor:
-    """G of every row [rows, experts, experts], fp64."""
-    count = len(stack.experts)
-    if not settings.takes(stack.name, stack.shape) or not stack.numel:
-        return torch.zeros(0, count, count, dtype=torch.float64)
-    stack = _as_matrix(stack)
-    grams = []
+    if not rows:
+        total = torch.zeros(1, count, count, dtype=torch.float64)
+        for block in stack.blocks():
+            wide = block.deltas().double()
+            total[0].addmm_(wide, wide.t())
+        return total
+    stack, grams = _as_matrix(stack), []
     for block in stack.blocks(whole_rows=True):
-        rows = block.deltas().double().view(count, -1, stack.row).transpose(0, 1)  # [rows, experts, n]
-        grams.append(rows @ rows.mT)
+        vectors = block.deltas().double().view(count, -1, stack.row).transpose(0, 1)  # [rows, experts, n]
+        grams.append(vectors @ vectors.mT)
     return torch.cat(grams)
 
 

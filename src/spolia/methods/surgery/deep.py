@@ -83,12 +83,12 @@ def deep(
 
     `unlabelled`: inputs of each task, by the experts' names. `watch` is told along the stream where `online`.
     """
-    work = prepare(merged, pool, network, unlabelled, settings, settings.sites)
+    work = prepare(merged, pool, network, unlabelled, settings, settings.sites, seed)
     adapters = identity(work, settings, seed, "deep").requires_grad_(False)
     bias, losses, stream, centroids = {}, {}, {}, []
     for number, group in enumerate(work.groups):
         targets = {task: work.targets(task, settings.match, settings.chunk) for task in group}
-        if settings.solver != "adam_l1":
+        if settings.linear:
             adapters.sets[number] = torch.nn.ModuleList(_sweep(group, work, targets, settings)).requires_grad_(False)
         if settings.solver != "closed_form":
             with (journal or Journal()).phase(" ".join(["deep", *group])) as told:
@@ -166,7 +166,15 @@ def _descend(
     losses = torch.zeros(steps, len(part))
     looks: list[dict[str, float]] = []
     points = marks(steps) if settings.online and watch is not None else {}
-    for step in journal.steps(steps, {"own": own, "optimizer": optimizer, "losses": losses, "looks": looks}):
+    stopping, apart = settings.stopping(), work.apart()
+    aims = {task: apart.targets(task, settings.match, settings.chunk) for task in part if work.held}
+    keep = {"own": own, "optimizer": optimizer, "losses": losses, "looks": looks, **stopping.keep()}
+    for step in journal.steps(steps, keep):
+        if stopping.due(step):
+            stopping.look(part[0], step, _distance(apart, adapters, aims, settings), own.state_dict())
+            if stopping.over(part[:1]):
+                steps = step
+                break
         optimizer.zero_grad(set_to_none=True)
         for i, task in enumerate(part):
             places = places_of(work.examples[task], settings.batch, seed, step, settings.online)
@@ -181,8 +189,21 @@ def _descend(
             told = watch(part[0], points[step], SurgeredModel(work.body, adapters))
             looks.append({"share": points[step]} | {name: float(value) for name, value in told.items()})
             own.requires_grad_()
+    if aims:
+        stopping.look(part[0], steps, _distance(apart, adapters, aims, settings), own.state_dict())
+        own.load_state_dict(stopping.best[part[0]]["weights"])
+        adapters.facts.setdefault("stopped", {}).update(dict.fromkeys(part, stopping.told(part[0])))
     own.requires_grad_(False)
-    return {task: curve(losses[:, i]) for i, task in enumerate(part)}, looks
+    return {task: curve(losses[:steps, i]) for i, task in enumerate(part)}, looks
+
+
+def _distance(apart: Work, adapters: Adapters, aims: Targets, settings: Deep) -> float:
+    """What the steps minimise, on all inputs kept apart, summed over the tasks of `aims`."""
+    told = (settings.match, settings.chunk, adapters)
+    return sum(
+        sum(distances(apart.body, apart.sites, apart.examples[task], aim, *told, task, settings.squared))
+        for task, aim in aims.items()
+    )
 
 
 def _loss(
@@ -195,7 +216,8 @@ def _loss(
     def edit(number: int, state: Tensor) -> Tensor:
         site = work.sites[number]
         state = own[number](state.detach() if local else state, site.axis)
-        terms.append((matched(site, state, how[number], batch).float() - targets[number][places]).abs().mean())
+        gap = matched(site, state, how[number], batch).float() - targets[number][places]
+        terms.append(settings.distance(gap).mean())
         return state.detach() if local else state
 
     run_through(work.body, batch, work.sites, edit)

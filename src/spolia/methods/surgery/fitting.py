@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from spolia.core.lazy import torch
 from spolia.core.settings import LearnedSettings, setting
 from spolia.errors import SpoliaError
 from spolia.methods.surgery.states import Match, bias_rows, distances, states
+from spolia.methods.surgery.stopping import Stopping
 from spolia.parts.examples import Examples, by_task
 from spolia.parts.expert import ExpertPool
 from spolia.parts.network import Network
@@ -42,9 +45,10 @@ class SurgerySettings(LearnedSettings):
     rank: int = setting(
         16, "r, width of a bottleneck; a closed form uses no more than the feature's", source=_CODE, ge=1
     )
-    solver: Literal["adam_l1", "closed_form", "closed_form_then_adam"] = setting(
+    solver: Literal["adam_l1", "adam_l2", "closed_form", "closed_form_then_adam"] = setting(
         "adam_l1",
-        "Adam on the L1 distance; least squares, in one pass; or from there on with Adam, the bottleneck staying linear",
+        "Adam on the mean absolute or squared distance; least squares in one pass; or from there on with Adam on the "
+        "absolute one, the bottleneck staying linear",
         source="Yang et al. 2024",
     )
     lr: float = setting(
@@ -55,6 +59,15 @@ class SurgerySettings(LearnedSettings):
     )
     steps: int = setting(1000, "steps of a task: twice 500 iterations", source=_CODE, ge=1)
     batch: int = setting(16, "inputs of a task in a step", source=_CODE, unit="inputs", ge=1)
+    patience: int | None = setting(
+        None,
+        "looks in a row without a smaller distance on inputs kept apart that end a task's steps; the best look is kept; "
+        "null: all steps and all inputs",
+        source="ours",
+        ge=1,
+    )
+    held_out: float = setting(0.2, "share of the inputs kept apart, with `patience`", source="ours", gt=0, lt=1)
+    check_every: int = setting(25, "steps between looks, with `patience`", source="ours", ge=1)
     ridge: float = setting(
         1e-2, "penalty of the closed form, in mean squares of a feature", source="ours, see the page", ge=0
     )
@@ -74,10 +87,33 @@ class SurgerySettings(LearnedSettings):
     )
     chunk: int = setting(256, "inputs in a forward pass outside the steps", source="ours", unit="inputs", ge=1)
 
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.online and self.patience is not None:
+            raise ValueError("patience: a stream is seen once and has no stopping rule; leave one of the two away")
+        return self
+
+    @property
+    def linear(self) -> bool:
+        """Whether the bottlenecks are those of the closed form."""
+        return self.solver in ("closed_form", "closed_form_then_adam")
+
+    @property
+    def squared(self) -> bool:
+        """Whether Adam minimises squares."""
+        return self.solver == "adam_l2"
+
+    def distance(self, gap: Tensor) -> Tensor:
+        """What Adam minimises the mean of, entry by entry."""
+        return gap.square() if self.squared else gap.abs()
+
+    def stopping(self) -> Stopping:
+        return Stopping(self.patience, self.check_every)
+
 
 @dataclass(frozen=True)
 class Work:
-    """What a fit stands on. `groups`: the tasks that share a set of bottlenecks."""
+    """What a fit stands on. `groups`: the tasks that share a set of bottlenecks. `held`: inputs that stop the steps."""
 
     body: Network  # the merged weights inside, frozen: merged once
     pool: ExpertPool
@@ -86,6 +122,7 @@ class Work:
     sites: list[Site]
     groups: list[list[str]]
     print: str
+    held: Mapping[str, Examples] = field(default_factory=dict)
 
     def expert(self, task: str) -> Network:
         """The network with the weights of the expert of `task`, frozen. Drop it to free them."""
@@ -99,6 +136,10 @@ class Work:
         """What the expert of `task` has at every site, cached once."""
         return states(self.expert(task), self.sites, self.examples[task], match, chunk)
 
+    def apart(self) -> Work:
+        """The same with the inputs kept apart in the place of the others."""
+        return replace(self, examples=dict(self.held))
+
 
 def prepare(
     merged: Mapping[str, Tensor],
@@ -107,8 +148,9 @@ def prepare(
     unlabelled: Mapping[str, Any],
     settings: SurgerySettings,
     where: str,
+    seed: int = 0,
 ) -> Work:
-    """Checks everything, puts the merged weights into a copy of the network, finds the sites."""
+    """Checks everything, puts the merged weights into a copy of the network, finds the sites, keeps inputs apart."""
     from spolia.parts.bottleneck import fingerprint
     from spolia.parts.surgered import merged_network
 
@@ -121,7 +163,19 @@ def prepare(
     first = examples[tasks[0]]
     sites = find_sites(body, first.batch(range(min(3, len(first)))), where, settings.last or "")
     groups = [tasks] if settings.share == "one" else [[task] for task in tasks]
-    return Work(body, pool, tasks, examples, sites, groups, fingerprint(body.module.state_dict()))
+    held: dict[str, Examples] = {}
+    if settings.patience is not None and settings.solver != "closed_form":
+        _check_enough(examples)
+        parts = {task: given.split(settings.held_out, seed) for task, given in examples.items()}
+        examples, held = ({task: part[i] for task, part in parts.items()} for i in (0, 1))
+    return Work(body, pool, tasks, examples, sites, groups, fingerprint(body.module.state_dict()), held)
+
+
+def _check_enough(examples: Mapping[str, Examples]) -> None:
+    for task, given in examples.items():
+        if len(given) < 2:
+            mend = "give two or more, or leave `patience` away"
+            raise SpoliaError("one input cannot be parted", where=f"unlabelled.{task}", mend=mend)
 
 
 def identity(work: Work, settings: SurgerySettings, seed: int, method: str) -> Adapters:
@@ -140,6 +194,8 @@ def identity(work: Work, settings: SurgerySettings, seed: int, method: str) -> A
         "protocol": settings.protocol,
         "inputs": {task: len(examples) for task, examples in work.examples.items()},
     }
+    if work.held:
+        facts["kept apart"] = {task: len(examples) for task, examples in work.held.items()}
     return Adapters(work.tasks, work.sites, sets, fingerprint=work.print, facts=facts).to(device)
 
 

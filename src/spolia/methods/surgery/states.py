@@ -112,8 +112,9 @@ def distances(
     chunk: int,
     adapters: Adapters | None = None,
     task: str | None = None,
+    squared: bool = False,
 ) -> list[float]:
-    """Mean absolute difference from `targets`, which `states` gave, at every site."""
+    """Mean absolute (or squared) difference from `targets`, which `states` gave, at every site."""
     how, totals = matches(sites, match), [0.0] * len(sites)
     edit = adapters.edit(task) if adapters is not None else None
     with torch.no_grad():
@@ -122,7 +123,7 @@ def distances(
             def note(number: int, state: Tensor, batch: Any = batch, places: Any = places) -> Tensor:
                 state = edit(number, state) if edit is not None else state
                 gap = matched(sites[number], state, how[number], batch).float() - targets[number][places]
-                totals[number] += float(gap.abs().double().sum())
+                totals[number] += float((gap.square() if squared else gap.abs()).double().sum())
                 return state
 
             run_through(network, batch, sites, note)

@@ -15,7 +15,7 @@ et al., Representation Surgery for Multi-Task Model Merging, ICML 2024, arXiv 24
 Data touched: unlabelled inputs of every task; no labels, no training data. The papers take the test inputs themselves
 (`protocol: transductive`); ours are meant to be others. Departures: both features are computed once and all tasks are fitted
 in one batched product, which equals one Adam for each task; the authors' one Adam for all lets every task's momentum move
-the others' weights, hence our larger step size. Least squares in closed form as another solver.
+the others' weights, hence our larger step size. Least squares in closed form as another solver; a stopping rule.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from spolia.parts.sites import LAST
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spolia.methods.surgery.stopping import Stopping
     from spolia.parts.bottleneck import Adapters, Bottleneck
     from spolia.parts.surgered import SurgeredModel
 
@@ -67,11 +68,11 @@ def surgery(
 
     `unlabelled`: inputs of each task, by the experts' names. `watch` is told along the stream where `online`.
     """
-    work = prepare(merged, pool, network, unlabelled, settings, LAST)
+    work = prepare(merged, pool, network, unlabelled, settings, LAST, seed)
     adapters = identity(work, settings, seed, "surgery")
-    ours = {t: _rows(states(work.body, work.sites, work.examples[t], "mean", settings.chunk)) for t in work.tasks}
-    theirs = {t: _rows(work.targets(t, "mean", settings.chunk)) for t in work.tasks}
-    if settings.solver != "adam_l1":
+    ours, theirs = _features(work, settings)
+    apart = _features(work.apart(), settings) if work.held else None
+    if settings.linear:
         for number, group in enumerate(work.groups):
             adapters.sets[number] = torch.nn.ModuleList([_solved(group, work, ours, theirs, settings)]).to(
                 ours[group[0]].device
@@ -81,12 +82,18 @@ def surgery(
         with (journal or Journal()).phase("surgery") as told:
             parts = [[task] for task in work.tasks] if settings.online else [work.tasks]
             for part in parts:
-                found, looks = _descend(part, work, adapters, (ours, theirs), settings, told, seed, watch)
+                found, looks = _descend(part, work, adapters, (ours, theirs), apart, settings, told, seed, watch)
                 losses |= found
                 stream |= {part[0]: looks} if looks else {}
     bias = {t: _bias(work, adapters.of(t)[0], ours[t], theirs[t]) for t in work.tasks}
     centroids = [theirs[task].mean((0, 1)) for task in work.tasks]
     return finished(work, adapters, bias, losses, stream, centroids)
+
+
+def _features(work: Work, settings: Surgery) -> tuple[Features, Features]:
+    """Of all inputs: the merged model's, and those of each task's expert."""
+    ours = {t: _rows(states(work.body, work.sites, work.examples[t], "mean", settings.chunk)) for t in work.tasks}
+    return ours, {t: _rows(work.targets(t, "mean", settings.chunk)) for t in work.tasks}
 
 
 def _rows(found: list[Tensor]) -> Tensor:
@@ -107,13 +114,15 @@ def _descend(
     work: Work,
     adapters: Adapters,
     features: tuple[Features, Features],
+    apart: tuple[Features, Features] | None,
     settings: Surgery,
     journal: Journal,
     seed: int,
     watch: Watch | None,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Adam on all of `part` at once, in stacked bottlenecks. Their losses, and what `watch` said."""
-    own = [adapters.of(part[0])[0]] if adapters.shared else [adapters.of(task)[0] for task in part]
+    sets = [part] if adapters.shared else [[task] for task in part]
+    own = [adapters.of(tasks[0])[0] for tasks in sets]
     names = ["down", "up"] + ["shift"] * (own[0].shift is not None)
     stacked = {n: torch.stack([getattr(b, n).detach() for b in own]).requires_grad_() for n in names}  # [sets, ...]
     optimizer = torch.optim.Adam(list(stacked.values()), lr=settings.lr)
@@ -122,10 +131,18 @@ def _descend(
     losses = torch.zeros(steps, len(part))
     looks: list[dict[str, float]] = []
     points = marks(steps) if settings.online and watch is not None else {}
-    for step in journal.steps(steps, {**stacked, "optimizer": optimizer, "losses": losses, "looks": looks}):
+    stopping = settings.stopping()
+    keep = {**stacked, "optimizer": optimizer, "losses": losses, "looks": looks, **stopping.keep()}
+    for step in journal.steps(steps, keep):
+        if stopping.due(step):
+            _put(own, stacked)
+            _compare(stopping, step, sets, own, apart, settings)
+            if stopping.over([tasks[0] for tasks in sets]):
+                steps = step
+                break
         z, e, weight = _drawn(part, examples, features, settings, seed, step)
         with torch.enable_grad():
-            loss = (_repaired(z, stacked) - e).abs().mul(weight).sum((1, 2))  # [tasks]
+            loss = settings.distance(_repaired(z, stacked) - e).mul(weight).sum((1, 2))  # [tasks]
             optimizer.zero_grad(set_to_none=True)
             loss.sum().backward()
         optimizer.step()
@@ -136,7 +153,29 @@ def _descend(
             _put(own, stacked)
             looks.append(_look(part[0], points[step], work, adapters, watch))
     _put(own, stacked)
-    return {task: curve(losses[:, i]) for i, task in enumerate(part)}, looks
+    if apart is not None:
+        _compare(stopping, steps, sets, own, apart, settings)
+        for tasks, bottleneck in zip(sets, own, strict=True):
+            bottleneck.load_state_dict(stopping.best[tasks[0]]["weights"])
+            adapters.facts.setdefault("stopped", {}).update(dict.fromkeys(tasks, stopping.told(tasks[0])))
+    return {task: curve(losses[:steps, i]) for i, task in enumerate(part)}, looks
+
+
+def _compare(
+    stopping: Stopping,
+    step: int,
+    sets: list[list[str]],
+    own: list[Bottleneck],
+    apart: tuple[Features, Features] | None,
+    settings: Surgery,
+) -> None:
+    """Look how far every set of bottlenecks is from its experts on the inputs kept apart."""
+    assert apart is not None
+    ours, theirs = apart
+    with torch.no_grad():
+        for tasks, bottleneck in zip(sets, own, strict=True):
+            gaps = [settings.distance(bottleneck(ours[t]) - theirs[t]).double().mean() for t in tasks]
+            stopping.look(tasks[0], step, float(torch.stack(gaps).sum()), bottleneck.state_dict())
 
 
 def _drawn(
