@@ -2,7 +2,7 @@
 
 surgery_work.py make FOLDER SIZE                base and experts of a small vision transformer as safetensors, inputs
 surgery_work.py SIDE METHOD FOLDER SIZE STEPS   fit, and print seconds before the first step and of all steps, as JSON
-surgery_work.py compare METHOD FOLDER SIZE      largest difference of the fitted parameters after a few steps, as JSON
+surgery_work.py compare METHOD FOLDER SIZE      rms difference of the fitted parameters after a few steps, as JSON
 
 SIDE is `spolia`, or `naive`: the scheme of the papers' published programs, written from its description. For every step of
 every task it merges anew from all the task vectors, reads the expert's checkpoint, runs both encoders and sends gradients
@@ -203,8 +203,8 @@ def main(words: list[str]) -> None:
     given = Given(Path(folder), size)
     if side == "compare":
         pairs = [fit(given, method, 3)[0] for fit in (ours, naive)]
-        gaps = [float((a - b).abs().max()) for t in given.tasks for a, b in zip(pairs[0][t], pairs[1][t], strict=True)]
-        print(json.dumps({"largest": max(gaps), "limit": LR}))
+        gaps = [(a - b).flatten() for t in given.tasks for a, b in zip(pairs[0][t], pairs[1][t], strict=True)]
+        print(json.dumps({"rms": float(torch.cat(gaps).square().mean().sqrt()), "step": LR}))
         return None
     steps = int(words[4])
     _, before, inside = (ours if side == "spolia" else naive)(given, method, steps)
