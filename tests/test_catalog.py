@@ -15,6 +15,7 @@ from spolia.catalog import METHODS, Method, find, search
 from spolia.core.settings import Settings
 from spolia.errors import SpoliaError
 from spolia.runs.recipe import load_recipe
+from spolia.runs.studies import StudyRecipe
 
 HOUSE = Path(__file__).parents[1]
 PACKAGE = Path(spolia.__file__).parent
@@ -78,7 +79,8 @@ def _missing_recipes(method: Method) -> list[str]:
             continue
         if recipe.method is not find(method.name):
             found.append(f"{method.name}: {file} runs {recipe.method.name}; write `name: {method.name}`.")
-        if name.endswith("-tiny") and "digits" not in type(recipe.pool).__name__.lower():
+        given = recipe.problem if isinstance(recipe, StudyRecipe) else recipe.pool
+        if name.endswith("-tiny") and not re.search("digits|prose", type(given).__name__.lower()):
             found.append(f"{method.name}: {file} needs files; a tiny recipe runs on data that comes with the package.")
     return found
 

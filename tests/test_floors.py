@@ -31,9 +31,9 @@ FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.spl
 # The verbs are the whole command as functions, so what `spolia report` and the card of a merged model do is among them.
 # Lazily: planning must not pay for plots.
 GLUE = {("spolia.runs.verbs", "spolia.reports")}
-# Modules that import by name: the doors, the catalog's entries, a method's page, and torch and numpy on first use. Their
-# names are literal tables, each with a test of its own.
-NAMED_IMPORTS = {"spolia", "spolia.catalog", "spolia.core.lazy", "spolia.runs.describe"}
+# Modules that import by name: the doors, the catalog's entries, a method's page, a family's study, and torch and numpy
+# on first use. Their names are literal tables, each with a test of its own.
+NAMED_IMPORTS = {"spolia", "spolia.catalog", "spolia.core.lazy", "spolia.runs.describe", "spolia.runs.studies"}
 
 # Calls that change the process, the machine or the terminal. None may run while a module is imported.
 CALLS = """

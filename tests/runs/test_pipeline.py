@@ -6,8 +6,7 @@ import hashlib
 import json
 import random
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from spolia.core.journal import Journal
 from spolia.errors import SpoliaError
 from spolia.runs import surgery_study
 from spolia.runs.digits_pool import make_pool
+from spolia.runs.editors import json_schema
 from spolia.runs.engine import study_of
 from spolia.runs.recipe import load_recipe
-from spolia.runs.schema import json_schema
 
 PIPELINE = """\
 spolia: 1
@@ -75,7 +74,7 @@ def test_a_recipe_without_the_keys_does_not_name_them(tmp_path: Path) -> None:
         ("rank: 4", "merge: ties", ":7 surgery.merge", "the merge that comes first is `method`", "leave `merge` away"),
         ("{name: deep, steps: 8, rank: 4}", "deep", ":7 surgery", "`deep` is not what belongs here", "mapping"),
         ("name: adamerging, steps: 12, lr: 0.01, check_every: 5", "name: deep", "surgery", "deep is no merge", "`method`"),
-        ("{source: digits, domains: [upright, turned]}", "{base: b, experts: [a]}", "surgery", "a pool of folders", "Python"),
+        ("{source: digits, domains: [upright, turned]}", "{base: b, experts: [a]}", "pool", "folders names none", "tasks"),
         ("{source: digits, domains: [upright, turned]}", "{experts: [a]}", "pool", "adamerging needs a base", "base: PATH"),
     ],
 )  # fmt: skip
@@ -174,12 +173,22 @@ spolia.run(sys.argv[1], sys.argv[2])
 """
 
 
-def child(code: str, *words: Any) -> int:
-    return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, timeout=100).returncode
+@pytest.fixture
+def child(fork: Callable[..., Any]) -> Callable[..., int]:
+    """child(code, *words) -> how the process ended."""
+
+    def child(code: str, *words: Any) -> int:
+        started = fork(code, *words)
+        started.communicate()
+        return started.returncode
+
+    return child
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, ready_pools: Callable[[], Any]
+) -> tuple[Path, dict[str, torch.Tensor]]:
     """A whole run, and the logits of its repaired model on test images."""
     folder, logits = tmp_path_factory.mktemp("runs"), {}
     repaired = surgery_study._repaired
@@ -190,7 +199,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             logits.update({task.name: model(task.x, task.name) for task in test})
         return model
 
-    with pytest.MonkeyPatch.context() as patch:
+    with ready_pools(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(surgery_study, "_repaired", seen)
         return Path(spolia.run(written(folder), folder / "run")), logits
 
@@ -230,7 +239,9 @@ def test_the_merged_weights_are_the_calls(finished: tuple[Path, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_result_gives_the_same_logits_in_a_fresh_process(finished: tuple[Path, Any], tmp_path: Path) -> None:
+def test_the_result_gives_the_same_logits_in_a_fresh_process(
+    finished: tuple[Path, Any], tmp_path: Path, child: Callable[..., int]
+) -> None:
     run, logits = finished
     assert child(RELOAD, run, tmp_path / "logits.pt") == 0
     again = torch.load(tmp_path / "logits.pt", weights_only=True)
@@ -244,7 +255,9 @@ def digest(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_it_ends_in_equal_bytes(finished: tuple[Path, Any], tmp_path: Path) -> None:
+def test_killed_at_any_step_it_ends_in_equal_bytes(
+    finished: tuple[Path, Any], tmp_path: Path, child: Callable[..., int]
+) -> None:
     run, _ = finished
     draws, recipe, out, done = random.Random(0), written(tmp_path), tmp_path / "run", 0
     pool = 60 + 2 * 300  # steps of base and experts; then come 12 of coefficients and 8 a task of surgery

@@ -121,7 +121,7 @@ def test_a_merge_that_does_not_fit_is_told_before_any_work(override: str, where:
 
 
 def test_folders_alone_cannot_be_repaired() -> None:
-    with pytest.raises(SpoliaError, match="unlabelled inputs"):
+    with pytest.raises(SpoliaError, match=r"there is no .*\n.*spolia new surgery -o my\.yaml"):
         spolia.plan("surgery/surgery", ["pool.base=null"])
 
 
@@ -142,10 +142,11 @@ def test_every_way_stands_beside_the_recipes_own() -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(tmp_path_factory, ready_pools) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "deep"
     overrides = ["pool.domains=[upright, turned]", "method.online=true", "method.steps=40", "seeds=2"]
-    return Path(spolia.run("surgery/deep-tiny", folder, overrides=overrides))
+    with ready_pools():
+        return Path(spolia.run("surgery/deep-tiny", folder, overrides=overrides))
 
 
 @pytest.mark.slow
@@ -171,9 +172,10 @@ def test_a_run_leaves_a_table_figures_and_adapters(finished: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_after_a_stop_to_the_same_numbers(tmp_path, monkeypatch) -> None:
+def test_a_run_goes_on_after_a_stop_to_the_same_numbers(tmp_path, monkeypatch, ready_pools) -> None:
     overrides = ["pool.domains=[upright, turned]", "method.steps=6"]
-    whole = spolia.run("surgery/deep-tiny", tmp_path / "whole", overrides=overrides)
+    with ready_pools():
+        whole = spolia.run("surgery/deep-tiny", tmp_path / "whole", overrides=overrides)
 
     class Stopping(Journal):
         left = 60 + 2 * 300 + 9  # steps: base, experts, and half of the first repair's second task

@@ -52,8 +52,11 @@ class Task:
     y: Tensor
 
 
-def accuracy(outputs: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch: int = 1024) -> Share:
-    """How often the largest of `outputs(x)` [n, classes] is the label. A row with a NaN counts as wrong."""
+def accuracy(outputs: Callable[[Any], Tensor], x: Any, y: Tensor, batch: int = 1024) -> Share:
+    """How often the largest of `outputs(x)` [n, classes] is the label. A row with a NaN counts as wrong.
+
+    `x`: inputs [n, ...], or whatever gives a batch of them for a slice.
+    """
     correct = 0
     with torch.no_grad():
         for start in range(0, len(y), batch):

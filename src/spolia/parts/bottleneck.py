@@ -192,7 +192,9 @@ class Attached:
             if site.name not in modules:
                 what = f"the model has no module `{site.name}`"
                 raise SpoliaError(what, where="attach", mend=did_you_mean(site.name, modules))
-        if adapters.fingerprint and adapters.fingerprint != fingerprint(model.state_dict()):
+        heads = adapters.facts.get("heads", ())  # not part of what was merged
+        held = {name: tensor for name, tensor in model.state_dict().items() if name not in heads}
+        if adapters.fingerprint and adapters.fingerprint != fingerprint(held):
             text = "the adapters were fitted to other merged weights than this model's"
             warnings.warn(text, SpoliaWarning, stacklevel=3)
         adapters.of(task)

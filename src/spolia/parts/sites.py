@@ -27,12 +27,16 @@ BLOCKS, LAST = "blocks", "last"
 
 @dataclass(frozen=True)
 class Site:
-    """The output of module `name` (empty: of the network), `width` channels along `axis`, inputs along `inputs`."""
+    """The output of module `name` (empty: of the network), `width` channels along `axis`, inputs along `inputs`.
+
+    `entry`: what the module is fed instead, where a head stands in some models and nothing in others.
+    """
 
     name: str
     width: int
     axis: int = -1
     inputs: int = 0
+    entry: bool = False
 
     @property
     def label(self) -> str:
@@ -56,7 +60,9 @@ def find_sites(network: Network, batch: Any, where: str, last: str = "") -> list
     if last and last not in modules:
         raise SpoliaError(f"there is no module `{last}`", where="last", mend=did_you_mean(last, modules))
     seen, made, count = _dry_run(network, batch)
-    end = Site(last, *_layout(seen[last][0], count, modules[last])) if last in seen else Site("", made.shape[-1])
+    end = Site("", made.shape[-1])
+    if last in seen:
+        end = Site(last, *_layout(seen[last][0], count, modules[last]), isinstance(modules[last], torch.nn.Identity))
     if last and last not in seen:
         raise SpoliaError(f"`{last}` does not run, or gives no tensor", where="last", mend="name a module that does")
     if where == LAST:
@@ -87,8 +93,16 @@ def hooks(module: nn.Module, sites: Sequence[Site], edit: Edit) -> list[Any]:
     def hook(number: int) -> Callable[[nn.Module, Any, Any], Any]:
         return lambda _module, _inputs, output: replaced(output, edit(number, state_in(output)))
 
-    named = [(i, site.name) for i, site in enumerate(sites) if site.name]
-    return [module.get_submodule(name).register_forward_hook(hook(i)) for i, name in named]
+    def before(number: int) -> Callable[[nn.Module, Any], Any]:
+        return lambda _module, inputs: replaced(inputs, edit(number, inputs[0]))
+
+    handles = []
+    for i, site in enumerate(sites):
+        if site.name:
+            owner = module.get_submodule(site.name)
+            put = owner.register_forward_pre_hook(before(i)) if site.entry else owner.register_forward_hook(hook(i))
+            handles.append(put)
+    return handles
 
 
 def run_through(network: Network, batch: Any, sites: Sequence[Site], edit: Edit) -> Tensor:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spolia.parts.preprocessed import Step
     from spolia.runs.recipe import Recipe
     from spolia.runs.request import MergeRequest
+    from spolia.runs.studies import StudyRecipe
 
 
 def check_settings(method: Method, given: Mapping[str, Any] | Settings | None, experts: int) -> Any:
@@ -51,16 +52,25 @@ def check_settings(method: Method, given: Mapping[str, Any] | Settings | None, e
     return checked
 
 
-def request_of(recipe: Recipe) -> MergeRequest:
+def request_of(recipe: Recipe | StudyRecipe) -> MergeRequest:
     """The merge that a native recipe over folders asks for. Models of the hub are fetched."""
+    from spolia.runs.recipe import Recipe
     from spolia.runs.references import fetched, settled
     from spolia.runs.request import MergeRequest, ModelRef
     from spolia.runs.schema import FoldersPool
 
+    if not isinstance(recipe, Recipe):
+        raise SpoliaError(
+            f"{recipe.method.name} is no merge", where=recipe.name, mend=f"run it: spolia run {recipe.name}"
+        )
     if not isinstance(recipe.pool, FoldersPool):
         raise SpoliaError(
             "trains its own experts: there are no folders to merge", where=recipe.name, mend=f"spolia run {recipe.name}"
         )
+    if recipe.method.data or recipe.surgery is not None:
+        looking = recipe.surgery[0] if recipe.surgery is not None and not recipe.method.data else recipe.method
+        what = f"{looking.name} looks at {looking.data}: more than a merge of weights"
+        raise SpoliaError(what, where=recipe.name, mend="run it: spolia run RECIPE")
     models = [entry for entry in (recipe.pool.base, *recipe.pool.experts) if entry is not None]
     refs = [ModelRef(e.name, Path(fetched(str(e.path))), e.lora and Path(fetched(str(e.lora)))) for e in models]
     base = refs.pop(0) if recipe.pool.base is not None else None

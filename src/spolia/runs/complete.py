@@ -19,7 +19,7 @@ def recipes(incomplete: str) -> list[str]:
 
 def overrides(ctx: Any, incomplete: str) -> list[str]:
     """`method.density=` and the like, for the recipe typed before. Silent where that recipe cannot be read."""
-    from spolia.runs.recipe import check_recipe, read_source
+    from spolia.runs.recipe import Recipe, check_recipe, read_source
     from spolia.runs.schema import Head, Output
 
     try:
@@ -27,6 +27,11 @@ def overrides(ctx: Any, incomplete: str) -> list[str]:
     except SpoliaError:
         return []
     paths = [name for name in Head.model_fields if name in ("seed", "seeds")]
-    for part, model in (("method", type(recipe.settings)), ("pool", type(recipe.pool)), ("output", Output)):
+    parts = [("method", type(recipe.settings))]
+    if isinstance(recipe, Recipe):
+        parts += [("pool", type(recipe.pool)), ("output", Output)]
+    else:
+        parts.append(("problem", type(recipe.problem)))
+    for part, model in parts:
         paths += [f"{part}.{name}" for name in model.model_fields]
     return [f"{path}=" for path in paths if path.startswith(incomplete)]

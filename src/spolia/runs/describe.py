@@ -17,6 +17,11 @@ from spolia.runs.telling import plain
 FAMILIES = {
     "merge": "several fine-tunes of one base become one model",
     "surgery": "a merged model gets back what its experts knew",
+    "distill": "a small model learns from a large one's outputs",
+    "meta": "a model that adapts to a new task in a few steps",
+    "datafree": "the same, from trained classifiers and no data",
+    "continual": "a stream of tasks, and nothing forgotten",
+    "link": "text through noise, a language model at the receiver",
 }
 _MEASURES = ("norm", "relative", "untouched", "effective_rank")
 _LEAST = 16  # a column is not wrapped narrower than this
@@ -63,9 +68,7 @@ def show_text(method: Method) -> str:
     from spolia.runs.packaged import example_command
 
     cls = method.settings_class()
-    fewest, most = cls.experts
-    experts = f"{fewest} or more" if most is None else f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    facts = [("paper", method.paper), ("needs", f"{method.needs}; base {cls.base}; experts {experts}")]
+    facts = [("paper", method.paper), ("needs", method.needs + _pool_needs(cls))]
     facts += [("cost", method.cost), ("recipes", ", ".join(recipe_names(method)))]
     if method.aliases:
         facts.append(("also", f"called {', '.join(method.aliases)} elsewhere"))
@@ -82,8 +85,17 @@ def show_text(method: Method) -> str:
             "settings",
         ]
         + [table, "", "method", textwrap.indent(page, "  "), "", "try"]
-        + ["  " + line for line in tries]
+        + ["  " + line for line in dict.fromkeys(tries)]
     )
+
+
+def _pool_needs(settings: Any) -> str:
+    """What a merge asks of its pool; nothing for a method that takes none."""
+    if not hasattr(settings, "experts"):
+        return ""
+    fewest, most = settings.experts
+    experts = f"{fewest} or more" if most is None else f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return f"; base {settings.base}; experts {experts}"
 
 
 def show_data(method: Method) -> dict[str, Any]:

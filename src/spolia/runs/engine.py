@@ -17,10 +17,12 @@ from spolia.runs.preprocessing import chained, went_through
 from spolia.runs.recipe import Recipe
 from spolia.runs.schema import DigitsPool, FoldersPool
 from spolia.runs.store import RunFolder
+from spolia.runs.studies import StudyRecipe, module_of
 from spolia.runs.surgery_study import plan_surgery, run_surgery
 
 if TYPE_CHECKING:
     from spolia.runs.cost import Machine
+    from spolia.runs.folder_merge import Study as FolderStudy
 
 _BASELINES = ("average", "task_arithmetic")
 _VARIANTS = {  # shown beside a method that learns, in fewer steps
@@ -35,8 +37,14 @@ _MEMORY = 450_000_000  # bytes of a process that has imported torch and scikit-l
 _DISK = 500_000  # bytes of one model with the last checkpoints of its loop
 
 
-def plan_recipe(recipe: Recipe, folder: RunFolder | None = None, machine: Machine | None = None) -> Plan:
+def plan_recipe(recipe: Recipe | StudyRecipe, folder: RunFolder | None = None, machine: Machine | None = None) -> Plan:
     """What running `recipe` would do, on `machine` or here. Reads headers at most, imports no torch for them."""
+    if isinstance(recipe, StudyRecipe):
+        return module_of(recipe.family).plan_study(recipe)
+    if isinstance(recipe.pool, FoldersPool) and recipe.pool.tasks:
+        from spolia.runs.folder_plan import plan_study
+
+        return plan_study(recipe, folder)
     if isinstance(recipe.pool, FoldersPool):
         from spolia.runs.merging import plan_merge
         from spolia.runs.verbs import request_of
@@ -55,7 +63,7 @@ def plan_recipe(recipe: Recipe, folder: RunFolder | None = None, machine: Machin
 
 
 def run_recipe(
-    recipe: Recipe, folder: RunFolder, *, fresh: bool = False, dry_run: bool = False, progress: Any = None
+    recipe: Recipe | StudyRecipe, folder: RunFolder, *, fresh: bool = False, dry_run: bool = False, progress: Any = None
 ) -> Path | Plan:
     """Runs `recipe` into `folder`, or goes on where the same recipe stopped there. Returns the folder's path.
 
@@ -64,17 +72,33 @@ def run_recipe(
     if dry_run:
         return plan_recipe(recipe, folder)
     plan = plan_recipe(recipe, folder)  # everything headers can tell, before any folder is made
+    study = _opened(recipe)  # and whether data and models are each other's
     with folder as run:
         run.begin(recipe.to_yaml(), fresh=fresh)
         run.write_json("plan.json", plan.to_dict())
-        run.write_env(seed=recipe.seed, seeds=_seeds(recipe))
-        if isinstance(recipe.pool, FoldersPool):
+        run.write_env(seed=recipe.seed, seeds=list(range(recipe.seed, recipe.seed + recipe.seeds)))
+        if isinstance(recipe, StudyRecipe):
+            module_of(recipe.family).run_study(recipe, run, progress)
+        elif study is not None:
+            from spolia.runs.folder_study import run_study
+
+            run_study(study, run, progress)
+        elif isinstance(recipe.pool, FoldersPool):
             _run_folders(recipe, recipe.pool, run, progress)
         elif recipe.repair[0].family == "surgery":
             run_surgery(recipe, run, progress)
         else:
             _run_digits(recipe, run, progress)
     return folder.path
+
+
+def _opened(recipe: Recipe | StudyRecipe) -> FolderStudy | None:
+    """Models on disk and the data of their tasks, where the recipe names some."""
+    if isinstance(recipe, StudyRecipe) or not isinstance(recipe.pool, FoldersPool) or not recipe.pool.tasks:
+        return None
+    from spolia.runs.folder_merge import open_study
+
+    return open_study(recipe)
 
 
 def _seeds(recipe: Recipe) -> list[int]:

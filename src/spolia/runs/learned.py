@@ -182,7 +182,7 @@ def write_folder(
     *,
     method: Method,
     settings: Settings,
-    given: tuple[Mapping[str, Any], Any],
+    given: tuple[Mapping[str, Any], Any] | None,
     seed: int,
     max_shard_size: int,
     overwrite: bool,
@@ -190,7 +190,8 @@ def write_folder(
 ) -> dict[str, Any]:
     """The merged model as a folder, with its coefficients, what was seen, and the recipe where there is one.
 
-    `given`: experts and base as the caller named them. Returns the facts of the card.
+    `given`: experts and base as the caller named them; None where no recipe of their files makes the weights again.
+    Returns the facts of the card.
     """
     from spolia.core.checkpoint import storage
     from spolia.core.layout import Layout, Slot
@@ -209,7 +210,7 @@ def write_folder(
         if learned.coefficients is not None:
             kept = {"experts": [e.name for e in pool.experts], "tensors": dict(learned.coefficients)}
             staging.write_text(COEFFICIENTS, json.dumps(kept, indent=1) + "\n")
-            if not learned.facts.get("preprocess"):
+            if given is not None and not learned.facts.get("preprocess"):
                 staging.write_text(RECIPE, recipe_of(learned, *given, folder=out))
         staging.write_text("README.md", render(facts))
         staging.finish()

@@ -16,6 +16,7 @@ from spolia.errors import SpoliaError
 from spolia.runs.fields import describe_field, kind, yaml_value
 from spolia.runs.packaged import FOLDER, example_command
 from spolia.runs.schema import VERSION, Domain, Output
+from spolia.runs.studies import STUDIES, module_of
 
 WIDTH = 116
 
@@ -26,6 +27,9 @@ def recipe_text(method: Method, *, tiny: bool = False, file: str = "") -> str:
     `tiny`: on real digits, for a first look. `file`: the name it will be saved under, empty for a packaged recipe.
     """
     parts = [_header(method, tiny, file), f"spolia: {VERSION}  # version of the recipe's form", _draws(method, tiny)]
+    if method.family in STUDIES:
+        parts += [module_of(method.family).problem_text(method, tiny), _method(method)]
+        return "\n".join(parts) + "\n"
     parts += [_digits_pool(method) if tiny else _folders_pool(method), _method(method)]
     if not tiny:
         parts.append(_output())
@@ -47,8 +51,11 @@ def write_recipe(method: Method, file: Path, *, tiny: bool = False) -> Path:
 
 
 def _header(method: Method, tiny: bool, file: str) -> str:
-    command = f"spolia run {file}" if file and (tiny or not method.data) else example_command(method, tiny=tiny)
-    if tiny:
+    study = method.family in STUDIES
+    command = f"spolia run {file}" if file else example_command(method, tiny=tiny)
+    if study:
+        time, score, data = module_of(method.family).told(method, tiny)
+    elif tiny:
         time = "under a minute on two cores"
         score = "measured by the run on held-out digits, beside each expert and the baselines"
         sees = f"{SIZES['validation']} of them a domain, without labels" if method.data else "none"
@@ -58,7 +65,7 @@ def _header(method: Method, tiny: bool, file: str) -> str:
             "" if method.data else " of the models from disk; `spolia plan` estimates it"
         )
         score = "that of the experts is what to hope for; measure it with your own test data"
-        given = f"{method.data} of every task, given in Python"
+        given = f"{method.data} of every task, named under `tasks`; labelled test inputs to count on"
         data = given if method.data else "none: weights only, no inputs, no labels"
     lines = {
         "paper": method.paper,
@@ -75,8 +82,12 @@ def _header(method: Method, tiny: bool, file: str) -> str:
 
 
 def _draws(method: Method, tiny: bool) -> str:
-    repeats = "repeats with seeds seed, seed+1, …; more give an interval" if tiny else "repeats; models on disk take 1"
-    count = 3 if tiny and method.data and method.family == "merge" else 1  # what learns differs from seed to seed
+    study = method.family in STUDIES
+    repeats = "repeats with seeds seed, seed+1, …; more give an interval"
+    if not (tiny or study):
+        repeats = "repeats; models on disk take 1"
+    learns = study or (tiny and bool(method.data) and method.family == "merge")  # differs from seed to seed
+    count = (3 if tiny else 5) if study else 3 if learns else 1
     return f"seed: 0  # every random draw follows from it; whole number\nseeds: {count}  # {repeats}"
 
 
@@ -89,6 +100,10 @@ def _folders_pool(method: Method) -> str:
         lines.append("  # base: ./base  # optional: the model that the experts started from")
     folders = "[./math]" if cls.experts[1] == 1 else "[./math, ./code]"
     lines.append(f"  experts: {folders}  # {_span(*cls.experts)}, folders of safetensors")
+    if method.data:
+        kinds = ".npz, .tsv, .csv, .jsonl, .txt, a folder of images a class, or {dataset: NAME, split: PART}"
+        lines.append(f"  tasks:  # by expert; {kinds}")
+        lines += [f"    {name}: {{unlabelled: ./{name}.npz, test: ./{name}-test.npz}}" for name in ("math", "code")]
     return "\n".join(lines)
 
 
@@ -119,7 +134,9 @@ def _method(method: Method) -> str:
         text = describe_field(name, field)
         source = f"; default: {text.source}" if text.source else ""
         lines += _comment(f"{text.help} ({text.wants}{source})")
-        lines.append(f"  {name}: {_default(field.annotation, text.default)}")
+        empty = not field.is_required() and field.default == ""
+        default = '""' if empty else _default(field.annotation, text.default)
+        lines.append(f"  {name}: {default}")
     return "\n".join(lines)
 
 

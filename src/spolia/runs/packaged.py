@@ -15,15 +15,13 @@ def packaged() -> list[str]:
 
 
 def example_command(method: Method, *, tiny: bool = False) -> str:
-    """The command that runs the packaged recipe; of a method that looks at inputs, the call."""
+    """The command that runs the packaged recipe; of a method that looks at inputs, the one that starts a recipe."""
     if tiny:
         return f"spolia run {method.family}/{method.name}-tiny"
-    if method.family == "surgery":
-        return (
-            f'spolia.surgery(merged, experts, method="{method.name}", network=network, unlabelled=inputs)  # in Python'
-        )
-    if method.data:  # a recipe over folders cannot name inputs yet
-        return f'spolia.merge(experts, base=base, method="{method.name}", network=network, unlabelled=inputs)'
+    if method.family not in ("merge", "surgery"):
+        return f"spolia run {method.family}/{method.name}"
+    if method.data:  # models alone do not make its recipe
+        return f"spolia new {method.name} -o my.yaml"
     cls = method.settings_class()
     base = "pool.base=PATH " if cls.base == "required" else ""
     experts = "[PATH]" if cls.experts[1] == 1 else "[PATH, PATH]"

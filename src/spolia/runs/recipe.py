@@ -6,7 +6,7 @@ Every mistake is found at once and told with its line, before any model is opene
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,20 @@ import yaml
 
 from spolia.catalog import METHODS, Method, find
 from spolia.core.settings import PerModel
-from spolia.errors import Problem, Problems, SpoliaError, did_you_mean
+from spolia.errors import Problems, SpoliaError, did_you_mean
 from spolia.parts.preprocessed import Step
 from spolia.runs import yamlmarks
 from spolia.runs.complaints import validate
 from spolia.runs.overrides import apply_overrides
-from spolia.runs.packaged import FOLDER, example_command, packaged
+from spolia.runs.packaged import FOLDER, packaged
+from spolia.runs.pools import Starts, Where, check_pool, missing_models, place_of, resolve_paths
 from spolia.runs.preprocessing import check_steps, read_steps
-from spolia.runs.references import is_hub_id, near_model, near_recipes, recipes_in
-from spolia.runs.schema import POOLS, VERSION, DigitsPool, FoldersPool, Head, ModelEntry, Output, at_home, check_version
-from spolia.runs.yamlmarks import Marked, dotted
+from spolia.runs.references import near_recipes, recipes_in
+from spolia.runs.schema import VERSION, DigitsPool, FoldersPool, Head, Output, at_home, check_version
+from spolia.runs.studies import STUDIES, StudyRecipe, check_study
+from spolia.runs.taskdata import check_tasks
+from spolia.runs.yamlmarks import Marked
 
-Where = Callable[[yamlmarks.Path], str]
 _FIRST = ("merge", "merge_settings")  # settings of surgeries that `method` stands for where both are given
 
 
@@ -96,7 +98,7 @@ def _own(surgery: Any) -> dict[str, Any]:
     return surgery.model_dump(mode="json", exclude=set(_FIRST))
 
 
-def load_recipe(ref: str | Path, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Recipe:
+def load_recipe(ref: str | Path, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Recipe | StudyRecipe:
     """The recipe at `ref`: the name of a packaged one, or a file. Raises SpoliaError with everything that is wrong.
 
     Relative paths start at the recipe's folder; those in `overrides` and in packaged recipes at the current one.
@@ -130,7 +132,7 @@ def read_source(ref: str | Path) -> Source:
     return Source(path.stem, text, marked, path.resolve().parent, documents=documents if several else ())
 
 
-def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Recipe:
+def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: bool = True) -> Recipe | StudyRecipe:
     """`source` with `overrides`, checked at every depth."""
     marked, problems = source.marked, Problems()
     if source.is_mergekit:
@@ -140,25 +142,27 @@ def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: 
         mend = "start from a copy: spolia new ties -o my.yaml"
         raise SpoliaError("a recipe is a mapping with `spolia`, `pool` and `method`", where=marked.where(), mend=mend)
     raw, touched = apply_overrides(marked.value, overrides, problems)
-    where = partial(_where, marked, touched)
+    where = partial(place_of, marked, touched)
     check_version(raw, where, problems)
-    head = validate(Head, raw, (), where, problems)
-    pool = _check_pool(raw.get("pool"), where, problems)
     method, settings = _check_method(raw.get("method"), "method", where, problems)
+    if method is not None and method.family in STUDIES:
+        return check_study(source.name, marked, source.text, raw, method, settings, where, problems)
+    head = validate(Head, raw, (), where, problems)
+    pool = check_pool(raw.get("pool"), where, problems)
     steps = read_steps(raw.get("preprocess"), where, problems)
-    surgery = _check_surgery(raw.get("surgery"), pool, method, where, problems)
+    surgery = _check_surgery(raw.get("surgery"), method, where, problems)
     if isinstance(pool, FoldersPool):
-        pool = _resolve_paths(pool, raw["pool"], source, touched)
-        if check_paths:
-            for problem in _missing_models(pool, source, where):
-                problems.add(problem.where, problem.what, problem.mend)
+        pool = resolve_paths(pool, raw["pool"], Starts(source.folder, source.packaged, touched))
+        missing = missing_models(pool, source.name, source.packaged, where) if check_paths else []
+        for problem in missing:
+            problems.add(problem.where, problem.what, problem.mend)
+        looking = next((m for m in (method, surgery and surgery[0]) if m and m.data), None)
+        if check_paths and not (source.packaged and missing):
+            check_tasks(pool, raw["pool"].get("tasks"), looking, settings, where, problems)
     if pool and method:
         _check_fit(pool, method, settings, where, problems)
         count = len(pool.experts) if isinstance(pool, FoldersPool) else len(pool.domains)
         check_steps(steps, method, count, where, problems)
-    if check_paths and method and method.data and isinstance(pool, FoldersPool):
-        what = f"{method.name} looks at {method.data}, which a pool of folders does not name"
-        problems.add(where(("method", "name")), what, f"call it from Python: {example_command(method)}")
     if head and head.seeds > 1 and isinstance(pool, FoldersPool):
         mend = "write `seeds: 1`, or use `pool: {source: digits}`"
         problems.add(where(("seeds",)), "models on disk are merged once; repeats would be the same", mend)
@@ -166,33 +170,6 @@ def check_recipe(source: Source, overrides: Sequence[str] = (), *, check_paths: 
     assert head and pool and method  # each None has left a problem
     given = (source.name, source.text, marked, method, settings, pool, head.output, head.seed, head.seeds)
     return Recipe(*given, preprocess=steps, surgery=surgery)
-
-
-def _where(marked: Marked, touched: dict[yamlmarks.Path, str], path: yamlmarks.Path) -> str:
-    """File and line of `path`, or the override that wrote it."""
-    if any(path[:depth] in touched for depth in range(1, len(path) + 1)):
-        return f"override {dotted(path)}"
-    inside = next((name for there, name in touched.items() if there[: len(path)] == path), None)
-    return inside if inside and path and path not in marked.lines else marked.where(path)
-
-
-def _check_pool(raw: Any, where: Where, problems: Problems) -> FoldersPool | DigitsPool | None:
-    if not isinstance(raw, dict):
-        return None  # told by Head
-    source = raw.get("source", "folders")
-    if not isinstance(source, str) or source not in POOLS:
-        problems.add(where(("pool", "source")), f"`{source}` is not a source", did_you_mean(str(source), POOLS))
-        return None
-    pool = validate(POOLS[source], raw, ("pool",), where, problems)
-    if isinstance(pool, FoldersPool):
-        names = [entry.name for entry in [pool.base, *pool.experts] if entry]
-        for name in sorted({name for name in names if names.count(name) > 1}):
-            mend = "give one of them another: {name: …, path: …}"
-            problems.add(where(("pool",)), f"two models are called `{name}`", mend)
-            return None
-    elif pool and len(set(pool.domains)) < len(pool.domains):
-        problems.add(where(("pool", "domains")), "a domain is listed twice", "keep one of the two")
-    return pool
 
 
 def _check_method(raw: Any, key: str, where: Where, problems: Problems) -> tuple[Method | None, Any]:
@@ -213,9 +190,7 @@ def _check_method(raw: Any, key: str, where: Where, problems: Problems) -> tuple
     return method, validate(method.settings_class(), fields, (key,), where, problems)
 
 
-def _check_surgery(
-    raw: Any, pool: FoldersPool | DigitsPool | None, method: Method | None, where: Where, problems: Problems
-) -> tuple[Method, Any] | None:
+def _check_surgery(raw: Any, method: Method | None, where: Where, problems: Problems) -> tuple[Method, Any] | None:
     """The repair that follows the merge."""
     if raw is None:
         return None
@@ -226,9 +201,6 @@ def _check_surgery(
     if method is not None and method.family != "merge":
         mend = "name the merge under `method`, or leave `surgery` away"
         problems.add(where(("surgery",)), f"{method.name} is no merge that a surgery could follow", mend)
-    if isinstance(pool, FoldersPool):
-        what = "surgery looks at unlabelled inputs, which a pool of folders does not name"
-        problems.add(where(("surgery",)), what, "call spolia.surgery from Python after the merge")
     for name in _FIRST:
         if isinstance(raw, dict) and name in raw:
             problems.add(where(("surgery", name)), "the merge that comes first is `method`", f"leave `{name}` away")
@@ -255,41 +227,3 @@ def _check_fit(pool: FoldersPool | DigitsPool, method: Method, settings: Any, wh
         if field.annotation == PerModel and isinstance(value, tuple) and len(value) != count:
             mend = f"give {count} numbers in the order of the experts, or one for all"
             problems.add(where(("method", name)), f"{len(value)} values for {count} experts", mend)
-
-
-def _resolve_paths(
-    pool: FoldersPool, raw: dict[str, Any], source: Source, touched: dict[yamlmarks.Path, str]
-) -> FoldersPool:
-    """Paths made absolute and `BASE+ADAPTER` parted. A hub's id stays as it is; it is fetched when the model is read."""
-
-    def resolved(entry: ModelEntry, said: Any, at: yamlmarks.Path) -> ModelEntry:
-        typed = any(path[: len(at)] == at or at[: len(path)] == path for path in touched)
-        folder = Path.cwd() if typed else source.folder
-
-        def absolute(text: str) -> Path:
-            if is_hub_id(text, [folder]) and (typed or not source.packaged):
-                return Path(text)
-            return Path(os.path.abspath(folder / at_home(text)))
-
-        path = str(said.get("path") if isinstance(said, dict) else said)  # a Path has lost the `./` that means here
-        lora = str(said["lora"]) if isinstance(said, dict) and said.get("lora") else None
-        if lora is None and path.count("+") == 1 and all(path.split("+")) and not os.path.exists(absolute(path)):
-            path, _, lora = path.partition("+")
-        return entry.model_copy(update={"path": absolute(path), "lora": absolute(lora) if lora else None})
-
-    base = resolved(pool.base, raw["base"], ("pool", "base")) if pool.base else None
-    experts = [resolved(e, raw["experts"][i], ("pool", "experts", i)) for i, e in enumerate(pool.experts)]
-    return pool.model_copy(update={"base": base, "experts": experts})
-
-
-def _missing_models(pool: FoldersPool, source: Source, where: Where) -> list[Problem]:
-    places: list[tuple[yamlmarks.Path, ModelEntry]] = [(("pool", "experts", i), e) for i, e in enumerate(pool.experts)]
-    if pool.base:
-        places.insert(0, (("pool", "base"), pool.base))
-    wanted = [(at, path) for at, entry in places for path in (entry.path, entry.lora) if path is not None]
-    missing = [(at, path) for at, path in wanted if path.is_absolute() and not os.path.exists(path)]
-    if source.packaged and missing:
-        names = ", ".join(str(path) for _, path in missing)
-        mend = f"say where your models are: spolia run {source.name} pool.base=PATH 'pool.experts=[PATH, PATH]'"
-        return [Problem(where(("pool",)), f"there is no {names}", mend)]
-    return [Problem(where(at), f"there is no {path}", near_model(path)) for at, path in missing]

@@ -1,4 +1,4 @@
-"""The shape of a recipe, as pydantic models: what may be written, and nothing else. `json_schema` serves editors."""
+"""The shape of a recipe, as pydantic models: what may be written, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_serializer
 
-from spolia.catalog import METHODS
 from spolia.errors import Problems
-from spolia.methods.merge.preprocess import STEPS
 from spolia.runs import yamlmarks
 from spolia.runs.sizes import parse_size, write_size
 
@@ -74,12 +72,60 @@ Size = Annotated[
 ]
 
 
-class FoldersPool(Shape):
+class _Sparse(Shape):
+    """Fields that may be left away are written only where they say something."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, write: Any) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if value not in (None, {}) or key == "base"}
+
+
+class DataPart(_Sparse):
+    """Inputs of one task, from a file or by the name that the library `datasets` knows; a bare path will do."""
+
+    path: Path | None = Field(
+        None,
+        description="npz file; texts as .tsv, .csv, .jsonl or .txt, also .gz; or a folder with one of images a class",
+    )
+    dataset: str | None = Field(None, description="what `datasets` loads, in the place of a file")
+    config: str | None = Field(None, description="its configuration")
+    split: str | None = Field(None, description="which part of the file or data set: train, test …")
+    most: int | None = Field(None, description="inputs taken, from the first on", ge=1)
+
+
+def _part(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str | Path) else value
+
+
+_PART_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string"}, DataPart.model_json_schema()]}
+Part = Annotated[DataPart, BeforeValidator(_part), WithJsonSchema(_PART_SCHEMA)]
+
+
+class TaskData(_Sparse):
+    """What is known of one task: inputs to adapt on, labelled ones to test on, and how both are read."""
+
+    unlabelled: Part | None = Field(None, description="inputs that the method looks at; their labels are left aside")
+    test: Part | None = Field(None, description="labelled inputs that everything is judged on")
+    inputs: str | list[str] | None = Field(None, description="array or column of the inputs; two columns make pairs")
+    labels: str | None = Field(None, description="array or column of the labels")
+    classes: list[str] | None = Field(None, description="names of the classes, in the head's order")
+    head: Path | None = Field(None, description="safetensors with `weight` [classes, d], for models without a head")
+    length: int = Field(128, description="tokens of a text, at most; of a language model's window", ge=2)
+
+
+class FoldersPool(_Sparse):
     """Models that stand on disk."""
 
     source: Literal["folders"] = Field("folders", description="models on disk")
     base: Entry | None = Field(None, description="the model that the experts started from")
     experts: list[Entry] = Field(description="the fine-tuned models, in order", min_length=1)
+    tasks: dict[str, TaskData] = Field(default_factory=dict, description="data of each task, by its expert's name")
+    heads: Literal["merged"] | list[str] | None = Field(
+        None, description="modules that stay each expert's own; null: found; merged: none"
+    )
+    network: dict[str, Any] | None = Field(
+        None, description="what config.json would say, for plain state dicts: model_type, architectures, sizes"
+    )
 
 
 class DigitsPool(Shape):
@@ -117,43 +163,21 @@ class Head(Shape):
     pool: dict[str, Any] = Field(description="the base and the experts")
     preprocess: Any = Field(None, description="list of what is done to the task vectors first")
     method: dict[str, Any] = Field(description="name and settings of the method")
-    surgery: dict[str, Any] | None = Field(
-        None, description="name and settings of a surgery that follows the merge (digits pools)"
-    )
+    surgery: dict[str, Any] | None = Field(None, description="name and settings of a surgery that follows the merge")
     output: Output = Field(default_factory=Output, description="how the merged model is written")
 
 
+class StudyHead(Shape):
+    """The top level of a recipe whose family works on a problem. `problem` and `method` have shapes of their own."""
+
+    spolia: int = Field(description="version of the recipe's form")
+    seed: int = Field(0, description="every random draw follows from it", ge=0)
+    seeds: int = Field(1, description="repeats, each with its own seed", ge=1)
+    problem: dict[str, Any] = Field(description="what the method works on and is judged by")
+    method: dict[str, Any] = Field(description="name and settings of the method")
+
+
 POOLS: dict[str, type[FoldersPool] | type[DigitsPool]] = {"folders": FoldersPool, "digits": DigitsPool}
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, for completion and checking in editors."""
-    schema = Head.model_json_schema()
-    definitions = schema.setdefault("$defs", {})
-    for model in POOLS.values():
-        schema_of_pool = model.model_json_schema()
-        definitions.update(schema_of_pool.pop("$defs", {}))
-        definitions[model.__name__] = schema_of_pool
-    methods = []
-    for method in METHODS:
-        settings = method.settings_class().model_json_schema()
-        definitions.update(settings.pop("$defs", {}))
-        names = {"enum": [method.name, *method.aliases], "description": method.summary}
-        settings["properties"] = {"name": names, **settings.get("properties", {})}
-        settings["required"] = ["name", *settings.get("required", [])]
-        definitions[f"{method.family}/{method.name}"] = settings | {"title": method.name, "description": method.summary}
-        methods.append({"$ref": f"#/$defs/{method.family}~1{method.name}"})
-    schema["properties"]["spolia"]["const"] = VERSION
-    schema["properties"]["pool"] = {"anyOf": [{"$ref": f"#/$defs/{model.__name__}"} for model in POOLS.values()]}
-    schema["properties"]["method"] = {"anyOf": methods}
-    repairs = [one for one in methods if one["$ref"].startswith("#/$defs/surgery~1")]
-    schema["properties"]["surgery"] = {"anyOf": repairs}
-    steps: list[dict[str, Any]] = [{"enum": list(STEPS)}]
-    for name, kind in STEPS.items():
-        shape = kind.model_json_schema()
-        steps.append(shape | {"properties": {"name": {"const": name}, **shape["properties"]}, "required": ["name"]})
-    schema["properties"]["preprocess"] = {"type": "array", "items": {"anyOf": steps}}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "spolia recipe"}
 
 
 def check_version(raw: dict[str, Any], where: Callable[[yamlmarks.Path], str], problems: Problems) -> None:

@@ -29,12 +29,11 @@ def merge_of(recipe: Recipe) -> tuple[str, Settings]:
     """The merge that comes first. SpoliaError before any work where it does not fit."""
     from spolia.runs.verbs import check_settings
 
-    assert isinstance(recipe.pool, DigitsPool)
-    if recipe.surgery is not None:
+    if recipe.surgery is not None or recipe.family == "merge":
         return recipe.method.name, recipe.settings
     chosen = find(recipe.settings.merge, "method.merge")
     fewest, most = chosen.settings_class().experts
-    count = len(recipe.pool.domains)
+    count = len(recipe.pool.domains if isinstance(recipe.pool, DigitsPool) else recipe.pool.experts)
     if chosen.family != "merge":
         raise SpoliaError(f"{chosen.name} is no merge", where="method.merge", mend="choose one: spolia list merge")
     if count < fewest or (most is not None and count > most):

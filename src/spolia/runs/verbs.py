@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spolia.runs.plan import Plan
     from spolia.runs.recipe import Recipe
     from spolia.runs.request import MergeRequest
+    from spolia.runs.studies import StudyRecipe
 
 GB = 1_000_000_000
 
@@ -141,13 +142,19 @@ def _steps(given: Any, chosen: Method, experts: int) -> tuple[Step, ...]:
 
 def card_of(prepared: Prepared, name: str, facts: dict[str, Any] | None = None) -> str:
     """The model card of the merged folder `name`; what it is made of goes to `facts` too."""
-    from spolia.reports.card import render_card
     from spolia.runs.documents import card_facts
 
     told = card_facts(prepared, name)
     if facts is not None:
         facts.update(told)
-    return render_card(told)
+    return rendered(told)
+
+
+def rendered(facts: dict[str, Any]) -> str:
+    """The text of a model card."""
+    from spolia.reports.card import render_card
+
+    return render_card(facts)
 
 
 def merge_recipe(
@@ -218,7 +225,10 @@ def read_request(path: str | os.PathLike[str]) -> MergeRequest:
 
 
 def plan(
-    recipe: str | os.PathLike[str] | Recipe, overrides: Sequence[str] = (), *, machine: Machine | None = None
+    recipe: str | os.PathLike[str] | Recipe | StudyRecipe,
+    overrides: Sequence[str] = (),
+    *,
+    machine: Machine | None = None,
 ) -> Plan:
     """What running `recipe` would do, from headers alone: nothing is trained, read or written.
 
@@ -226,8 +236,9 @@ def plan(
     """
     from spolia.runs.engine import plan_recipe
     from spolia.runs.recipe import Recipe, check_recipe, read_source
+    from spolia.runs.studies import StudyRecipe
 
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, Recipe | StudyRecipe):
         return plan_recipe(recipe, machine=machine)
     source = read_source(str(recipe))
     if source.is_mergekit:
@@ -246,7 +257,7 @@ def _no_overrides(overrides: Sequence[str]) -> None:
 
 
 def run(
-    recipe: str | os.PathLike[str] | Recipe,
+    recipe: str | os.PathLike[str] | Recipe | StudyRecipe,
     folder: str | os.PathLike[str] | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -259,8 +270,9 @@ def run(
     from spolia.runs.engine import run_recipe
     from spolia.runs.recipe import Recipe, check_recipe, read_source
     from spolia.runs.store import RunFolder
+    from spolia.runs.studies import StudyRecipe
 
-    if not isinstance(recipe, Recipe):
+    if not isinstance(recipe, Recipe | StudyRecipe):
         source = read_source(str(recipe))
         if source.is_mergekit:
             raise SpoliaError("is a mergekit recipe", where=str(recipe), mend=f"spolia merge {recipe} OUT")
