@@ -107,16 +107,7 @@ def images(
         raise SpoliaError(
             f"{shares} leaves nothing to train on", where="shares", mend="give two numbers, in sum below 1"
         )
-    place = data_folder(folder)
-    files = {file.stem: file for file in sorted(place.glob("*.npz"))}
-    if name not in files:
-        raise SpoliaError(f"there is no {name}.npz", where=str(place), mend=did_you_mean(name, files))
-    classes = _classes(files[name])
-    train, test = (read_part(files[name], part, most) for part in ("train", "test"))
-    for part in (train, test):
-        if len(part.labels) and not 0 <= part.labels.min() <= part.labels.max() < len(classes):
-            what = f"labels from {part.labels.min()} to {part.labels.max()} for {len(classes)} classes"
-            raise SpoliaError(what, where=str(files[name]), mend="get a sound copy")
+    classes, train, test = read_parts(packed_file(name, folder), most)
     owner = _owners(train, shares, generator(seed, "images", name, "split"))
     kept, validation, unlabelled = (_split(train, np.flatnonzero(owner == number), size) for number in range(3))
     return Splits(name, classes, kept, validation, unlabelled, _split(test, np.arange(len(test.labels)), size))
@@ -147,9 +138,29 @@ def resized(pixels: np.ndarray, size: int) -> np.ndarray:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def packed_file(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
+    """`name`.npz in `data_folder(folder)`. SpoliaError where it is not there."""
+    place = data_folder(folder)
+    files = {file.stem: file for file in sorted(place.glob("*.npz"))}
+    if name not in files:
+        raise SpoliaError(f"there is no {name}.npz", where=str(place), mend=did_you_mean(name, files))
+    return files[name]
+
+
+def read_parts(file: Path, most: int | None = None) -> tuple[tuple[str, ...], Part, Part]:
+    """The names of the classes, and the first `most` images of train and of test."""
+    classes = _classes(file)
+    train, test = (read_part(file, part, most) for part in ("train", "test"))
+    for part in (train, test):
+        if len(part.labels) and not 0 <= part.labels.min() <= part.labels.max() < len(classes):
+            what = f"labels from {part.labels.min()} to {part.labels.max()} for {len(classes)} classes"
+            raise SpoliaError(what, where=str(file), mend="get a sound copy")
+    return classes, train, test
+
+
 def read_part(file: Path, part: str, most: int | None = None) -> Part:
     """The first `most` images of `part` (train or test), at the size they have. SpoliaError names a file that is unsound."""
-    with _sound(file), np.load(file, allow_pickle=False) as held:
+    with sound(file), np.load(file, allow_pickle=False) as held:
         labels = held[f"y_{part}"][:most].astype(np.int64)
         pixels = _pixels(held, part, most, file)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or len(pixels) != len(labels) or pixels.shape[1] != 3:
@@ -188,12 +199,12 @@ def _jpeg(data: bytes, file: Path) -> np.ndarray:
 
 
 def _classes(file: Path) -> tuple[str, ...]:
-    with _sound(file), np.load(file, allow_pickle=False) as held:
+    with sound(file), np.load(file, allow_pickle=False) as held:
         return tuple(map(str, held["classes"].tolist()))
 
 
 @contextmanager
-def _sound(file: Path) -> Iterator[None]:
+def sound(file: Path) -> Iterator[None]:
     """Inside, what an unsound file raises becomes a SpoliaError."""
     try:
         yield
