@@ -20,10 +20,10 @@ demo: $(READY)  ## merge experts on real digits, in about a minute; writes runs/
 	$(BIN)/spolia demo --out runs/demo
 
 test: lint  ## everything: style, types, all tests; at most 15 minutes on two cores
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: lint  ## style, types and the fast tests; at most 2 minutes
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile quick -m "not slow"
 
 lint: $(TOOLS)  ## style and types
 	$(BIN)/ruff check .

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +20,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for the network
 hypothesis.settings.register_profile("house", derandomize=True)  # a red run can be made again; widen it by hand
+hypothesis.settings.register_profile("quick", derandomize=True, max_examples=25)  # of `make check`
 hypothesis.settings.load_profile("house")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes fill the cores: more threads only wait for each other
 
@@ -23,6 +31,19 @@ LINES = (
     "0 1 2 3 4 5 6 7 8 9 - and so on, until the quarry is empty.",
 )
 Pool = tuple[Path, list[Path]]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked `sampled(n)` the first, and every n-th after it, are fast; the others are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % mark.args[0]:
+                item.add_marker("slow")
+            seen[test] += 1
 
 
 def tiny_tokenizer(folder: Path) -> int:
@@ -197,3 +218,117 @@ def write_adapter() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def digit_pool(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """digit_pool(domains, seed) -> DigitExperts, trained once in a session. Not to be changed."""
+    root = tmp_path_factory.mktemp("digits")
+
+    def digit_pool(domains: Sequence[str], seed: int) -> Any:
+        from spolia.core.journal import Journal
+        from spolia.runs.digits_pool import make_pool
+
+        return make_pool(root / "-".join(domains) / str(seed), domains, seed, Journal())
+
+    return digit_pool
+
+
+@pytest.fixture(scope="session")
+def ready_pools(digit_pool: Callable[..., Any]) -> Callable[[], Any]:
+    """Inside `with ready_pools():` runs find their digit experts trained: copies of `digit_pool`'s, of equal bits."""
+
+    @contextmanager
+    def ready_pools() -> Iterator[None]:
+        from spolia.runs import digits_study, surgery_study
+        from spolia.runs.digits_pool import DigitExperts
+
+        def copied(folder: Path, domains: Sequence[str], seed: int, journal: Any) -> DigitExperts:
+            shutil.copytree(digit_pool(domains, seed).folder, folder, dirs_exist_ok=True)
+            return DigitExperts(folder, tuple(domains), seed)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for study in (digits_study, surgery_study):
+                patch.setattr(study, "make_pool", copied)
+            yield
+
+    return ready_pools
+
+
+# Imports torch and the merge once; every line asks for a fork of it, or how one ended. No thread runs before a fork.
+WARM = """
+import json, os, sys
+import torch, spolia.runs.merging, spolia.runs.verbs
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "pid" in asked:
+        pid, status = os.waitpid(asked["pid"], os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        continue
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        continue
+    for stream, place in enumerate((os.devnull, asked["out"], asked["err"])):
+        os.dup2(os.open(place, os.O_RDWR | os.O_CREAT), stream)
+    os.environ.update(asked["env"])
+    sys.argv[1:] = asked["words"]
+    break
+else:
+    sys.exit()
+exec(compile(asked["code"], "<fork>", "exec"), {"__name__": "__main__"})
+"""
+
+
+class Child:
+    """A forked process, to be used as subprocess.Popen is; what it said lies in two files."""
+
+    def __init__(self, server: subprocess.Popen[str], pid: int, out: Path, err: Path):
+        self._server, self.pid, self._said = server, pid, (out, err)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = ask(self._server, pid=self.pid)
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+        """What it said on stdout and stderr, once it has ended; after `timeout` seconds it is killed."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+            time.sleep(0.005)
+        out, err = (file.read_text(encoding="utf-8") for file in self._said)
+        return out, err
+
+
+def ask(server: subprocess.Popen[str], **asked: Any) -> Any:
+    assert server.stdin is not None and server.stdout is not None
+    print(json.dumps(asked), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Child]]:
+    """fork(code, *words, **env) -> Child: `code` in a process of its own, as `python -c code words` would run it.
+
+    Torch and spolia are imported already, which takes a fresh process two seconds. Not for what is to be shown of the
+    start itself: hash seeds, imports.
+    """
+    pipe, folder = subprocess.PIPE, tmp_path_factory.mktemp("said")
+    count = 0
+    with subprocess.Popen([sys.executable, "-c", WARM], stdin=pipe, stdout=pipe, text=True) as server:
+
+        def fork(code: str, *words: object, **env: str) -> Child:
+            nonlocal count
+            count += 1
+            out, err = folder / f"{count}.out", folder / f"{count}.err"
+            pid = ask(server, code=code, words=[str(w) for w in words], env=env, out=str(out), err=str(err))
+            return Child(server, pid, out, err)
+
+        yield fork

@@ -26,23 +26,24 @@ def spolia(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_looking_around_imports_nothing_heavy(tmp_path):
+    """One process says everything, one after the other: what the first brought in would show in all that follow."""
+    said = [
         ["--help"], [], ["list"], ["list", "sign", "--json"], ["show", "ties"], ["show", "slerp", "--json"],
         ["new", "ties"], ["schema"], ["run", "--help"], ["run", "merge/tis"], ["plan", "merge/ties", "method.lrr=3"],
-        ["merge", "none.yml", "out"],
-    ],
-    ids=" ".join,
-)  # fmt: skip
-def test_looking_around_imports_nothing_heavy(arguments, tmp_path):
+        ["merge", "none.yml", "out"], ["import", "--help"], ["import", "none.pt", "-o", "out"],
+    ]  # fmt: skip
     program = (
-        "import sys\nfrom spolia.cli import main\n"
-        "try:\n    main(sys.argv[1:])\nfinally:\n"
-        f"    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+        "import json, sys\nfrom spolia.cli import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    try:\n        main(arguments)\n    except SystemExit as end:\n        code = end.code or 0\n"
+        f"    heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "    if heavy or code not in (0, 2): sys.exit(f'{arguments} ends with {code} and brings in {heavy}')"
     )
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+    told = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(said)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert told.returncode == 0, told.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,6 +97,8 @@ def test_new_writes_a_recipe_once(capsys, tmp_path):
         (["merge", "merge/ties", "out", "--chunk-memory", "5X"], ["--chunk-memory", "`5X`", "5GB"]),
         (["report", "nowhere"], ["nowhere", "no such folder"]),
         (["report", ".", "--to", "htm"], ["`htm`", "`html`"]),
+        (["import", "none.pt", "-o", "out"], ["none.pt", "no such file"]),
+        (["import", "none.pt"], ["--out"]),
         (["new", "ties", "-o", "no/such/folder.yaml"], ["no/such/folder.yaml", "cannot be written"]),
     ],
     ids=lambda v: " ".join(v),
@@ -115,7 +118,7 @@ def test_our_mistake_ends_with_1_and_its_trace_only_on_demand(capsys, monkeypatc
     def broken(_: str) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(cli.catalog, "search", broken)
+    monkeypatch.setattr(catalog, "search", broken)
     code, _, err = spolia(capsys, "list")
     assert code == 1
     assert "ZeroDivisionError: oops" in err
@@ -131,7 +134,7 @@ def test_a_refusal_of_the_system_is_not_our_mistake(capsys, monkeypatch):
     def full(_: str) -> None:
         raise OSError(28, "No space left on device", "/out")
 
-    monkeypatch.setattr(cli.catalog, "search", full)
+    monkeypatch.setattr(catalog, "search", full)
     code, _, err = spolia(capsys, "list")
     assert code == 2
     assert "/out: No space left on device" in err
@@ -181,6 +184,60 @@ def test_what_is_typed_reaches_the_verb(capsys, monkeypatch, tmp_path):
     assert json.loads(out) == {"out": str(tmp_path)}
     assert (seen["path"], seen["max_shard_size"], seen["chunk_memory"]) == ("my.yml", 2**30, 10**9)
     assert (seen["threads"], seen["seed"], seen["overwrite"], seen["progress"]) == (3, 5, True, None)
+
+
+def test_import_hands_on_what_is_typed_and_tells_what_it_left_out(capsys, monkeypatch):
+    from spolia.runs import importing
+
+    seen = []
+    told = {
+        "folder": "out", "tensors": 5, "architecture": "CLIPModel", "left out": ["a\x1b[2J", "b", "c", "d"], "assumed": [],
+    }  # fmt: skip
+
+    def record(*places, **options):
+        seen.append((*places, options))
+        return told
+
+    monkeypatch.setattr(importing, "import_model", record)
+    plain = {"text": False, "projection": True, "quick_gelu": None, "heads": None, "overwrite": False}
+    assert spolia(capsys, "import", "x.pt", "-o", "out") == (
+        0, "imported model: out\n  CLIPModel, 5 tensors\n  left out: 4, as a\\x1b[2J, b, c, …\n", "",
+    )  # fmt: skip
+    words = ["--text", "--no-projection", "--no-quick-gelu", "--heads", "3", "--overwrite", "--json"]
+    code, out, _ = spolia(capsys, "import", "x.pt", "--out", "out", *words)
+    assert (code, json.loads(out)) == (0, told)
+    asked = {"text": True, "projection": False, "quick_gelu": False, "heads": 3, "overwrite": True}
+    assert seen == [("x.pt", Path("out"), plain), ("x.pt", Path("out"), asked)]
+
+
+@pytest.mark.slow
+def test_import_writes_a_folder_once(capsys, tmp_path):
+    import torch
+
+    from spolia.core.checkpoint import read_tensors
+
+    sizes: dict[str, tuple[int, ...]] = {
+        "embeddings.class_embedding": (16,), "embeddings.patch_embedding.weight": (16, 3, 4, 4),
+        "embeddings.position_embedding.weight": (5, 16), "encoder.layers.0.mlp.fc1.weight": (32, 16),
+        "encoder.layers.0.mlp.fc1.bias": (32,), "encoder.layers.0.mlp.fc2.weight": (16, 32),
+        "encoder.layers.0.mlp.fc2.bias": (16,),
+    }  # fmt: skip
+    norms = ("pre_layrnorm", "post_layernorm", "encoder.layers.0.layer_norm1", "encoder.layers.0.layer_norm2")
+    sizes |= {f"{norm}.{part}": (16,) for norm in norms for part in ("weight", "bias")}
+    for name in "qkv":
+        sizes |= {f"encoder.layers.0.self_attn.{name}_proj.{p}": s for p, s in (("weight", (16, 16)), ("bias", (16,)))}
+    sizes |= {"encoder.layers.0.self_attn.out_proj.weight": (16, 16), "encoder.layers.0.self_attn.out_proj.bias": (16,)}
+    clip = {f"vision_model.{name}": torch.randn(size) for name, size in sizes.items()}
+    clip["visual_projection.weight"] = torch.randn(12, 16)
+    torch.save(clip | {"x": torch.ones(1)}, tmp_path / "x.pt")
+    typed = ["import", str(tmp_path / "x.pt"), "-o", str(tmp_path / "clip"), "--heads", "2"]
+    code, text, err = spolia(capsys, *typed)
+    assert code == 0, err
+    assert f"imported model: {tmp_path / 'clip'}\n" in text and "left out: 1, as x" in text and "QuickGELU" in err
+    made = read_tensors(tmp_path / "clip")
+    assert made.keys() == clip.keys() and all(torch.equal(made[name], tensor) for name, tensor in clip.items())
+    code, _, err = spolia(capsys, *typed)
+    assert code == 2 and "--overwrite" in err
 
 
 def test_version(capsys):

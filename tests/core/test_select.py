@@ -127,6 +127,7 @@ def large(kind: str, seed: int) -> torch.Tensor:
     return values
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", ["noise", "ties", "bf16", "sorted", "one place", "constant"])
 @pytest.mark.parametrize("dtype", ["F32", "F64"])
 def test_sampled_cuts_are_the_histograms(kind: str, dtype: str) -> None:
@@ -144,6 +145,7 @@ def test_ties_do_not_cost_another_sweep(kind: str, monkeypatch: pytest.MonkeyPat
     assert all(cut.quota <= cut.ties for row in cuts_of(stack, [[stack.numel // 5], [stack.numel // 3]]) for cut in row)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["noise", "ties", "bf16", "sorted", "one place", "constant", "small"])
 def test_a_share_of_what_is_not_zero(kind: str) -> None:
     deltas = torch.stack([large(kind if kind != "small" else "ties", seed) for seed in (0, 1)])

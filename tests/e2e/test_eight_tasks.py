@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,14 +83,29 @@ def test_heads_are_those_of_logistic_regression(parts: dict[str, ModuleType]) ->
     assert float((ours.argmax(1) == labels).float().mean()) > 0.5
 
 
-def call(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(HOUSE / "benchmarks" / "eight_tasks.py"), *words, "--threads", "1"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+SCRIPT = """
+import runpy, sys
+sys.argv.pop(0)
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def call(fork: Callable[..., Any]) -> Callable[..., Any]:
+    """call(*words) -> the benchmark's process, ended, with what it said as `stderr`."""
+
+    def call(*words: str) -> Any:
+        child = fork(SCRIPT, HOUSE / "benchmarks" / "eight_tasks.py", *words, "--threads", "1")
+        child.stderr = child.communicate()[1]
+        return child
+
+    return call
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "tiny_imagenet100.npz").is_file(), reason="SPOLIA_DATA holds no images")
-def test_all_stages_from_the_images_to_the_ledgers(tmp_path: Path) -> None:
+def test_all_stages_from_the_images_to_the_ledgers(tmp_path: Path, call: Callable[..., Any]) -> None:
     told = call("all", "--quick", "--data", str(DATA), "--work", str(tmp_path))
     assert told.returncode == 0, told.stderr[-3000:]
     assert "images/s" in told.stderr
@@ -119,7 +134,7 @@ def test_all_stages_from_the_images_to_the_ledgers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mistakes_are_told_before_anything_is_made(tmp_path: Path) -> None:
+def test_mistakes_are_told_before_anything_is_made(tmp_path: Path, call: Callable[..., Any]) -> None:
     inside = call("heads", "--work", str(HOUSE / "docs"))
     assert inside.returncode == 1 and "outside it" in inside.stderr
     nowhere = call("heads", "--data", str(tmp_path / "no"), "--work", str(tmp_path / "work"))

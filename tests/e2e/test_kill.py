@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ import spolia
 from spolia.errors import SpoliaError
 
 pytestmark = pytest.mark.slow
-Write = Callable[..., Path]
+Write, Fork = Callable[..., Path], Callable[..., Any]
 
 MERGE = """
 import sys, spolia
@@ -54,14 +56,7 @@ merge()
 MEMORY = NOW + "import re; print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024)\n"
 
 
-def start(code: str, method: str, out: Path, models: list[Path], **env: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", code, method, str(out), *map(str, models)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, env=os.environ | env, stdout=pipe, stderr=pipe, text=True)
-
-
-def run(code: str, method: str, out: Path, models: list[Path], **env: str) -> str:
-    child = start(code, method, out, models, **env)
+def run(child: Any) -> str:
     told, complaint = child.communicate()
     assert child.returncode == 0, complaint[-2000:]
     return told
@@ -97,11 +92,11 @@ def again(method: str, out: Path, models: list[Path], overwrite: bool = False) -
         spolia.merge(models[1:], base=models[0], threads=2, **call)
 
 
-def test_killed_anywhere_it_goes_on_to_equal_bytes(models: list[Path], tmp_path: Path) -> None:
+def test_killed_anywhere_it_goes_on_to_equal_bytes(models: list[Path], tmp_path: Path, fork: Fork) -> None:
     chance, out, log = random.Random(0), tmp_path / "out", tmp_path / "out.partial" / ".spolia-progress"
     lines = 0
     for wait in (True, True, True, False, False):
-        child = start(NOW, "dare", out, models)
+        child = fork(NOW, "dare", out, *models)
         # Wait until a few more of some thirty parts are done, or for a moment of pure chance.
         goal, end = lines + chance.randint(1, 6), time.monotonic() + (60 if wait else chance.uniform(0, 4))
         while child.poll() is None and time.monotonic() < end and (not wait or lines < goal):
@@ -130,10 +125,10 @@ def small(tmp_path_factory: pytest.TempPathFactory, write_model: Write) -> list[
 
 @pytest.mark.parametrize(("name", "number", "when"), STEPS)
 def test_killed_between_the_last_steps_nothing_looks_whole(
-    name: str, number: int, when: str, tmp_path: Path, small: list[Path]
+    name: str, number: int, when: str, tmp_path: Path, small: list[Path], fork: Fork
 ) -> None:
     expected, out = merged(tmp_path / "a", "ties", small), tmp_path / "b" / "out"
-    child = start(STEP, "ties", out, small, DIE=f"{name} {number} {when}")
+    child = fork(STEP, "ties", out, *small, DIE=f"{name} {number} {when}")
     child.communicate()
     assert child.returncode == -signal.SIGKILL
     if out.exists():
@@ -145,13 +140,13 @@ def test_killed_between_the_last_steps_nothing_looks_whole(
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_while_overwriting_one_of_the_two_stands(
-    number: int, when: str, tmp_path: Path, small: list[Path], write_model: Write
+    number: int, when: str, tmp_path: Path, small: list[Path], write_model: Write, fork: Fork
 ) -> None:
     expected = merged(tmp_path / "a", "ties", small)
     out = write_model(tmp_path / "b" / "out", tensors(9, 3, 10_000))
     old = digest(out)
     forced = STEP.replace("threads=2", "overwrite=True, threads=2")
-    child = start(forced, "ties", out, small, DIE=f"rename {number} {when}")
+    child = fork(forced, "ties", out, *small, DIE=f"rename {number} {when}")
     child.communicate()
     assert child.returncode == -signal.SIGKILL
     standing = [digest(p) for p in out.parent.iterdir()]
@@ -169,19 +164,27 @@ def test_hash_seeds_change_nothing(tmp_path: Path, write_model: Write) -> None:
         write_model(tmp_path / f"m{i}", tensors(i, 3, 10_000) | {n: t * i for n, t in odd.items()}, {"model_type": "x"})
         for i in range(3)
     ]
-    code = NOW.replace("40_000_000", "1000")
-    for seed in ("0", "1", "77"):
-        run(code, "dare", tmp_path / seed / "out", models, PYTHONHASHSEED=seed)
-    found = [digest(tmp_path / seed / "out") for seed in ("0", "1", "77")]
-    assert found[0] == found[1] == found[2]
+    code = NOW.replace("40_000_000", "1000") + f"print({{*{list(odd)!r}}})\n"
+    orders = []
+    for seed in ("0", "77"):
+        words = [sys.executable, "-c", code, "dare", str(tmp_path / seed / "out"), *map(str, models)]
+        child = subprocess.Popen(words, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=PIPE, stderr=PIPE, text=True)
+        orders.append(run(child))
+    assert orders[0] != orders[1]
+    found = [digest(tmp_path / seed / "out") for seed in ("0", "77")]
+    assert found[0] == found[1]
     assert {"spolia.json", "README.md", "config.json"} <= found[0].keys()
 
 
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory, write_model: Write) -> list[list[Path]]:
+    """Three models of 40 MB, and three of 160 MB."""
+    folder = tmp_path_factory.mktemp("sizes")
+    return [[write_model(folder / f"{count}-{i}", tensors(i, count, 5_000_000)) for i in range(3)] for count in (4, 16)]
+
+
 @pytest.mark.parametrize("method", ["average", "ties"])
-def test_memory_does_not_grow_with_the_model(method: str, tmp_path: Path, write_model: Write) -> None:
-    """Models of 40 MB, then of 160 MB. What may grow is a few headers; one model held whole would be 120 MB more."""
-    peaks = []
-    for count in (4, 16):
-        models = [write_model(tmp_path / f"{count}-{i}", tensors(i, count, 5_000_000)) for i in range(3)]
-        peaks.append(float(run(MEMORY, method, tmp_path / f"out-{count}", models)))
+def test_memory_does_not_grow_with_the_model(method: str, sizes: list[list[Path]], tmp_path: Path, fork: Fork) -> None:
+    """What may grow is a few headers; one model held whole would be 120 MB more."""
+    peaks = [float(run(fork(MEMORY, method, tmp_path / f"out-{i}", *models))) for i, models in enumerate(sizes)]
     assert peaks[1] - peaks[0] < 60  # MB; the allocator varies by less

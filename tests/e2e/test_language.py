@@ -96,4 +96,12 @@ def test_stretches_are_taken_from_all_over(made: Any) -> None:
     assert starts == sorted(set(starts)) and starts[0] == 0 and starts[-1] > 4500  # the last begins at 11/12 of 5000
     assert 2400 <= len(found) <= 2400 + made.STRETCHES * 8  # a stretch ends with its word, of 6 letters, and a new line
     assert all(line in lines[i] for i, line in zip(starts, found.splitlines(), strict=True))
-    assert made.spread("short\n", 2400) == "short\n"
+    assert made.spread("short\n", 2400) == "short\n" and made.left("short\n", 2400) == ""
+
+
+def test_what_is_left_and_the_stretches_are_the_text(made: Any) -> None:
+    lines = [f"{i} is a number" for i in range(500)]
+    text = "\n".join(lines) + "\n"
+    taken, rest = (set(part(text, 2400).splitlines()) for part in (made.spread, made.left))
+    assert taken & set(lines) and rest & set(lines)
+    assert not taken & rest & set(lines) and len(made.spread(text, 2400)) + len(made.left(text, 2400)) >= len(text)

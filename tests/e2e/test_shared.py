@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ import spolia
 from spolia.core.claims import Claims, Gone
 from spolia.errors import SpoliaError
 
-Write = Callable[..., Path]
+Write, Fork = Callable[..., Path], Callable[..., Any]
 MERGE = """
 import json, sys, spolia
 call = json.loads(sys.argv[1])
@@ -84,17 +85,12 @@ def call(models: list[Path], method: str, out: Path, **others: object) -> dict[s
     } | others  # fmt: skip
 
 
-def start(asked: dict[str, object], code: str = MERGE, **env: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", code, json.dumps(asked)]
-    return subprocess.Popen(words, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def merge(asked: dict[str, object], **others: object) -> None:
     options = asked | others
     spolia.merge(options.pop("experts"), **options)  # type: ignore[arg-type]
 
 
-def end(child: subprocess.Popen[str]) -> str:
+def end(child: Any) -> str:
     _, complaint = child.communicate()
     assert child.returncode == 0, complaint[-2000:]
     return complaint
@@ -103,11 +99,11 @@ def end(child: subprocess.Popen[str]) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "settings"), METHODS)
 def test_shared_bytes_are_those_of_one_process(
-    method: str, settings: dict[str, object], models: list[Path], tmp_path: Path
+    method: str, settings: dict[str, object], models: list[Path], tmp_path: Path, fork: Fork
 ) -> None:
     merge(call(models, method, tmp_path / "one" / "out", settings=settings))
     asked = call(models, method, tmp_path / "two" / "out", settings=settings)
-    first, second = start(asked), start(asked | {"threads": 3})
+    first, second = (fork(MERGE, json.dumps(asked | {"threads": threads})) for threads in (1, 3))
     end(first), end(second)
     assert digest(tmp_path / "two" / "out") == digest(tmp_path / "one" / "out")
     assert [p.name for p in (tmp_path / "two").iterdir()] == ["out"]
@@ -132,11 +128,11 @@ def test_alone_and_late(models: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["average", "ties", "tsv"])
-def test_killed_at_random_the_others_finish(method: str, large: list[Path], tmp_path: Path) -> None:
+def test_killed_at_random_the_others_finish(method: str, large: list[Path], tmp_path: Path, fork: Fork) -> None:
     merge(call(large, method, tmp_path / "one" / "out", max_shard_size=20_000_000))
     asked = call(large, method, tmp_path / "two" / "out", max_shard_size=20_000_000)
     chance, marks = random.Random(method), tmp_path / "two" / "out.partial" / ".spolia-share"
-    survivor, victims = start(asked), [start(asked)]
+    survivor, victims = fork(MERGE, json.dumps(asked)), [fork(MERGE, json.dumps(asked))]
     killed = 0
     for _ in range(3):
         done, goal = 0, chance.randint(1, 12)
@@ -148,11 +144,19 @@ def test_killed_at_random_the_others_finish(method: str, large: list[Path], tmp_
         victims[-1].kill()
         victims[-1].communicate()
         killed += victims[-1].returncode == -signal.SIGKILL
-        victims.append(start(asked))
+        victims.append(fork(MERGE, json.dumps(asked)))
     end(survivor), end(victims[-1])
     assert killed  # else nothing was tested
     assert digest(tmp_path / "two" / "out") == digest(tmp_path / "one" / "out")
     assert [p.name for p in (tmp_path / "two").iterdir()] == ["out"]
+
+
+@pytest.fixture(scope="module")
+def alone(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one process makes of them by ties."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    merge(call(models, "ties", out))
+    return digest(out)
 
 
 STEPS = (
@@ -165,17 +169,17 @@ STEPS = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "number"), STEPS)
-def test_all_killed_the_next_goes_on(name: str, number: int, models: list[Path], tmp_path: Path) -> None:
-    expected = tmp_path / "one" / "out"
-    merge(call(models, "ties", expected))
+def test_all_killed_the_next_goes_on(
+    name: str, number: int, models: list[Path], alone: dict[str, str], tmp_path: Path, fork: Fork
+) -> None:
     asked = call(models, "ties", tmp_path / "two" / "out")
-    dead = start(asked, STEP, DIE=f"{name} {number}")
+    dead = fork(STEP, json.dumps(asked), DIE=f"{name} {number}")
     dead.communicate()
     assert dead.returncode == -signal.SIGKILL
     if (tmp_path / "two" / "out").exists():  # it died after the rename: whole
-        assert digest(expected).items() <= digest(tmp_path / "two" / "out").items()
+        assert alone.items() <= digest(tmp_path / "two" / "out").items()
     merge(asked, share=True)
-    assert digest(tmp_path / "two" / "out") == digest(expected)
+    assert digest(tmp_path / "two" / "out") == alone
     assert [p.name for p in (tmp_path / "two").iterdir()] == ["out"]
 
 

@@ -280,6 +280,7 @@ HARMLESS: dict[str, Spoil] = {
 # fmt: on
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.filterwarnings("ignore")
 def test_spoilt_worlds_are_refused(case: str, world: Path, judge: Callable[..., None], monkeypatch: Any) -> None:
@@ -287,6 +288,7 @@ def test_spoilt_worlds_are_refused(case: str, world: Path, judge: Callable[..., 
     judge(REFUSED[case], world, fine=False, meddled=case in MEANWHILE)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", HARMLESS)
 @pytest.mark.filterwarnings("ignore")
 def test_odd_worlds_are_merged(case: str, world: Path, judge: Callable[..., None]) -> None:

@@ -165,7 +165,7 @@ spolia.merge([{"w": torch.ones(2, 2)}] * 2)
 spolia.inspect({"w": torch.ones(2, 2)}, [{"w": torch.ones(2, 2)}])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 files = [str(here / f"test_{name}.py") for name in ("headers", "models")]
-code = pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", *files])
+code = pytest.main(["-q", "-p", "no:cacheprovider", *files])
 print("GROWN", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 sys.exit(code)
 """

@@ -141,6 +141,7 @@ def parts(raw: bytes) -> dict[str, tuple[str, list[int], bytes]]:
     return {name: (e["dtype"], e["shape"], raw[ends[name][0] : ends[name][1]]) for name, e in header.items()}
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", LYING)
 def test_lying_and_torn_files_are_refused(case: str, tmp_path: Path, told: Told) -> None:
     """The file is merged with itself, so that nothing but its own lie can be the reason."""
@@ -159,6 +160,7 @@ def test_lying_and_torn_files_are_refused(case: str, tmp_path: Path, told: Told)
     assert not os.path.lexists(tmp_path / "out")
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", HARMLESS | FLIPS)
 def test_odd_files_give_their_own_bits_or_are_refused(case: str, tmp_path: Path, told: Told) -> None:
     """The average of a model with itself is that model, bit for bit: halves of these numbers are exact."""

@@ -60,6 +60,7 @@ METRICS: dict[str, bytes] = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_damaged_checkpoints_count_for_nothing(case: str, tmp_path: Path, told: Told) -> None:
     assert run(tmp_path) == ([0, 1, 2, 3], 6.0)

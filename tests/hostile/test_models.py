@@ -192,6 +192,7 @@ def refused(told: Told, models: list[Any], out: Path, inspected: bool) -> None:
     assert not os.path.lexists(out) and not (out.parent / "ran").exists()
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", PICKLES)
 @pytest.mark.filterwarnings("ignore")
 def test_pickles_run_nothing(case: str, pair: tuple[Path, Path], tmp_path: Path, told: Told) -> None:
@@ -199,6 +200,7 @@ def test_pickles_run_nothing(case: str, pair: tuple[Path, Path], tmp_path: Path,
     refused(told, [pair[1], pair[1]], tmp_path / "out", case not in UNSEEN)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_odd_adapters_are_refused(case: str, pair: tuple[Path, Path], tmp_path: Path, told: Told) -> None:
     ADAPTERS[case](pair[1])

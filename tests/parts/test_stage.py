@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,17 +86,14 @@ for method in ("fisher", "regmean", "regmean_plus"):
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_find_what_one_does(tmp_path: Path, fork: Callable[..., Any]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    world = {**alone, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-c", RANK, str(tmp_path)]
-    started = [subprocess.Popen(command, env={**world, "RANK": str(r)}, stderr=subprocess.PIPE) for r in range(2)]
-    said = [process.communicate(timeout=110)[1].decode() for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    subprocess.run(command, env=alone, check=True, timeout=110)
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [*(fork(RANK, tmp_path, RANK=str(r), **world) for r in range(2)), fork(RANK, tmp_path)]
+    said = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
     for method in ("fisher", "regmean", "regmean_plus"):
         first, second, one = (read_tensors(tmp_path / f"{method}-{end}") for end in ("0", "1", "alone"))
         for name, tensor in one.items():

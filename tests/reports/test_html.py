@@ -54,9 +54,16 @@ def report(folder) -> Page:
     return page
 
 
-@pytest.fixture
-def page(make_run) -> Page:
-    return report(make_run())
+@pytest.fixture(scope="module")
+def source(sound_run) -> str:
+    return write_report(sound_run).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(source) -> Page:
+    page = Page(source)
+    assert page.open == []
+    return page
 
 
 @pytest.fixture
@@ -94,9 +101,7 @@ def test_every_part_is_on_the_page(page):
     assert [part for part in PARTS_OF_THE_PAGE.splitlines() if part not in page.text] == []
 
 
-def test_nothing_is_fetched_and_nothing_runs(make_run):
-    source = write_report(make_run()).read_text(encoding="utf-8")
-    page = Page(source)
+def test_nothing_is_fetched_and_nothing_runs(source, page):
     assert not re.search(r"https?://|@import|<script|<link|<iframe|\bon\w+=", source)
     for _, attrs in page.tags:
         for key in ("href", "src"):
@@ -117,8 +122,7 @@ def test_structure_for_readers_without_sight(page):
     assert len(page.all("svg")) == len(page.all("figure")) == 5  # by task, three of its own, one curve
 
 
-def test_light_dark_print_and_phone(make_run, undrawn):
-    source = write_report(make_run()).read_text(encoding="utf-8")
+def test_light_dark_print_and_phone(source):
     for rule in (
         "prefers-color-scheme: dark",
         "@media print",
@@ -155,6 +159,7 @@ def test_state_is_said(make_run, undrawn, state, says):
 PARTS = ["recipe", "plan", "env", "status", "metrics", "results", "figures", "summary"]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("content", [None, "", '{"a": [1, 2', "[1, 2]", "{}", "null", "\x00\x1b\ufffe"])
 def test_no_missing_or_broken_part_breaks_the_page(make_run, undrawn, part, content):

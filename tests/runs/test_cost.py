@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -268,24 +269,35 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 """
 
 
+@pytest.fixture(scope="module")
+def matrices(tmp_path_factory: pytest.TempPathFactory, write_model: Write) -> Callable[[int], list[Path]]:
+    """matrices(size) -> four models of three square ones in bf16."""
+    noise = torch.Generator().manual_seed(0)
+
+    @functools.cache
+    def matrices(size: int) -> list[Path]:
+        folder = tmp_path_factory.mktemp("matrices")
+        return [
+            write_model(
+                folder / f"m{i}", {f"l.{j}.w": torch.randn(size, size, generator=noise).bfloat16() for j in range(3)}
+            )
+            for i in range(4)
+        ]
+
+    return matrices
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings"), [("average", {}), ("ties", {}), ("ties", {"scope": "tensor"}), ("tsv", {})]
 )
 def test_a_merge_takes_no_more_memory_than_planned(
-    method: str, settings: dict[str, Any], tmp_path: Path, write_model: Write
+    method: str, settings: dict[str, Any], tmp_path: Path, matrices: Callable[[int], list[Path]]
 ) -> None:
     """The peak of a process of its own. The plan is a bound: at most 10 % over it (the allocator's slack), and not so
     generous that it says nothing: at least a third of it. Interpreter and torch, 280 MB of it, vary by version."""
-    size = 1500 if method == "tsv" else 3000
-    noise = torch.Generator().manual_seed(0)
-    models = [
-        write_model(
-            tmp_path / f"m{i}", {f"l.{j}.w": torch.randn(size, size, generator=noise).bfloat16() for j in range(3)}
-        )
-        for i in range(4)
-    ]
+    models = matrices(1500 if method == "tsv" else 3000)
     plan = plan_merge(asked(models, method, method != "average", **settings), threads=2)
     call = {
         "experts": [str(m) for m in models[1:]], "base": None if method == "average" else str(models[0]),

@@ -118,8 +118,9 @@ def test_a_pool_made_twice_has_equal_bits_and_threads_are_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_digits_recipe_fills_the_run_folder(tmp_path):
-    run = spolia.run(recipe(tmp_path, more="seeds: 2\noutput: {dtype: bfloat16}\n"), tmp_path / "run")
+def test_a_digits_recipe_fills_the_run_folder(tmp_path, ready_pools):
+    with ready_pools():
+        run = spolia.run(recipe(tmp_path, more="seeds: 2\noutput: {dtype: bfloat16}\n"), tmp_path / "run")
     results = read(run, "results.json")
     assert results["seeds"] == [0, 1]
     methods = {
@@ -143,9 +144,10 @@ def test_a_digits_recipe_fills_the_run_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_between_seeds_and_run_again_gives_the_same_rows(tmp_path, monkeypatch):
+def test_interrupted_between_seeds_and_run_again_gives_the_same_rows(tmp_path, monkeypatch, ready_pools):
     file = recipe(tmp_path, "{name: slerp}", more="seeds: 2\n")
-    whole = read(spolia.run(file, tmp_path / "whole"), "results.json")["rows"]
+    with ready_pools():
+        whole = read(spolia.run(file, tmp_path / "whole"), "results.json")["rows"]
     score = digits_study._score
 
     def stop_after_first(pool, study, journal):

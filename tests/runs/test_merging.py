@@ -90,6 +90,7 @@ def pool(method: str, models: list[Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("method", "settings"), METHODS)
 def test_bits_do_not_depend_on_how_it_is_done(
     method: str, settings: dict[str, Any], folders: list[Path], tmp_path: Path

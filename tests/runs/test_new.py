@@ -10,11 +10,12 @@ import yaml
 
 from spolia import catalog
 from spolia.errors import SpoliaError
+from spolia.runs.editors import json_schema
 from spolia.runs.fields import describe
 from spolia.runs.new import recipe_text, write_recipe
 from spolia.runs.packaged import FOLDER, packaged
 from spolia.runs.recipe import load_recipe
-from spolia.runs.schema import Domain, json_schema
+from spolia.runs.schema import Domain
 
 
 def test_every_method_has_its_two_recipes():

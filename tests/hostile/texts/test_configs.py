@@ -75,6 +75,7 @@ CASES = [(name, "refused", case) for name, case in REFUSED.items()]
 CASES += [(name, "averaged", case) for name, case in AVERAGED.items()]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("outcome", "case"), [pytest.param(o, c, id=ascii(n)) for n, o, c in CASES])
 def test_configs(outcome: str, case: Case, judge_text: Callable[..., None]) -> None:
     judge_text(outcome, *case)
@@ -112,6 +113,7 @@ LOOKED_AT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("files", [pytest.param(files, id=ascii(name)) for name, files in LOOKED_AT.items()])
 def test_inspected(
     files: dict[str, Any], models: Any, put: Callable[..., None], told: Callable[..., str | None]

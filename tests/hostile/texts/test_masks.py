@@ -82,6 +82,7 @@ def refused(world: Path, told: Callable[..., str | None], expert: Any = "a") -> 
     assert message is not None and len(message) < 20_000 and sorted(world.rglob("*")) == before
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("change", [pytest.param(change, id=ascii(name)) for name, change in HEADERS.items()])
 def test_headers_that_lie(change: Change, merged: Path, told: Callable[..., str | None]) -> None:
     file = merged / "merged" / "masks" / "a.safetensors"

@@ -120,6 +120,7 @@ CASES = [(name, "refused", text) for name, text in REFUSED.items()]
 CASES += [(f"fine: {name}", "averaged", text) for name, text in AVERAGED.items()]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("outcome", "text"),
     [pytest.param(o, t, id=ascii(n), marks=[pytest.mark.slow] if n in SLOW else []) for n, o, t in CASES],

@@ -54,6 +54,7 @@ def ids(names: tuple[str, ...]) -> list[Any]:
     return [pytest.param(name, id=f"{len(name)} {ascii(name)[:24]}") for name in names]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("form", [NATIVE, LINEAR], ids=["native", "mergekit"])
 @pytest.mark.parametrize("name", ids(NAMES))
 def test_models(name: str, form: str, there: Path, ends: Callable[..., None]) -> None:
@@ -68,18 +69,21 @@ def test_models_of_a_call(name: str, there: Path, ends: Callable[..., None]) -> 
     ends(there, "refused", lambda: spolia.merge(["a", name], out="out", threads=1))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", ids(NAMES))
 def test_recipes(name: str, there: Path, ends: Callable[..., None]) -> None:
     (there / "r.yaml").write_text(NATIVE % "./nobody")
     ends(there, "refused", lambda: read_request(name))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", ids(OUTS))
 def test_folders_that_cannot_be_written(name: str, there: Path, ends: Callable[..., None]) -> None:
     (there / "r.yaml").write_text(NATIVE % "./b")
     ends(there, "refused", lambda: merge_recipe("r.yaml", name, threads=1))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", ids(FINE_OUTS))
 def test_odd_folders_that_can_be_written(name: str, there: Path, ends: Callable[..., None]) -> None:
     (there / "r.yaml").write_text(NATIVE % "./b")

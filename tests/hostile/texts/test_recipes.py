@@ -105,6 +105,7 @@ CASES = [(name, "refused", text) for name, text in REFUSED.items()]
 CASES += [(f"fine: {name}", "averaged", text) for name, text in AVERAGED.items()]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("outcome", "text"), [pytest.param(o, t, id=ascii(n)) for n, o, t in CASES])
 def test_recipes(outcome: str, text: str, judge_text: Callable[..., None]) -> None:
     judge_text(outcome, text, {})
@@ -141,6 +142,7 @@ def test_every_setting_with_junk_is_refused_or_read(method: Method, told: Callab
             assert value not in (".nan", ".inf", "-.inf", "1e400", "-1e400", "[.nan, 1]", "[1e400, 1]"), (name, value)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("override", [
     "", "=", "x", "x=", "=x", "[0]=1", "pool=", "pool.experts=", "pool.experts[9]=./a", "pool.experts[-1]=./a",
     "pool.experts[x]=./a",

@@ -136,6 +136,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("outcome", "case"), [pytest.param(o, c, id=ascii(n)) for n, o, c in CASES])
 def test_tokenizers(outcome: str, case: Case, judge_text: Callable[..., None]) -> None:
     judge_text(outcome, *case)

@@ -99,6 +99,7 @@ CASES += [(f"seed: {seed:.16} of {len(seed)}", "refused", f"{NATIVE}seed: {seed}
 CASES += [(f"fine: {name}", "averaged", text) for name, text in FINE.items()]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("outcome", "text"),
     [pytest.param(o, t, id=ascii(n), marks=[pytest.mark.slow] if n in SLOW else []) for n, o, t in CASES],

@@ -6,6 +6,7 @@ Nothing here says that it beats a well-tuned task arithmetic: on this toy it doe
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 
 import spolia
-from spolia import ExpertPool, Journal
+from spolia import ExpertPool
 from spolia.bench.multitask import evaluate, mean_percent
 from spolia.core.checkpoint import read_tensors
 from spolia.methods.merge.adamerging import AdaMerging, adamerging
 from spolia.parts.learned import Learned
-from spolia.runs.digits_pool import DigitExperts, make_pool, one_thread
+from spolia.runs.digits_pool import DigitExperts, one_thread
 
 pytestmark = pytest.mark.slow
 DOMAINS = ("upright", "turned", "inverted", "permuted")
@@ -28,9 +29,8 @@ State = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def pools(tmp_path_factory: pytest.TempPathFactory) -> list[DigitExperts]:
-    folder: Path = tmp_path_factory.mktemp("pools")
-    return [make_pool(folder / str(seed), DOMAINS, seed, Journal()) for seed in SEEDS]
+def pools(digit_pool: Callable[..., DigitExperts]) -> list[DigitExperts]:
+    return [digit_pool(DOMAINS, seed) for seed in SEEDS]
 
 
 def learn(pool: DigitExperts, experts: dict[str, State] | None = None, **settings: Any) -> tuple[float, Learned]:
@@ -98,8 +98,11 @@ def test_with_the_guard_agreement_never_falls(pools: list[DigitExperts]) -> None
             assert learned.facts["kept"]["agreement"] >= learned.facts["start"]["agreement"], (pool.seed, settings)
 
 
-def test_the_tiny_recipe_stands_beside_its_baselines_and_says_what_it_saw(tmp_path: Path) -> None:
-    folder = spolia.run("merge/adamerging-tiny", tmp_path / "run", overrides=["seeds=1", "method.steps=10"])
+def test_the_tiny_recipe_stands_beside_its_baselines_and_says_what_it_saw(
+    tmp_path: Path, ready_pools: Callable[[], Any]
+) -> None:
+    with ready_pools():
+        folder = spolia.run("merge/adamerging-tiny", tmp_path / "run", overrides=["seeds=1", "method.steps=10"])
     results = json.loads((folder / "results.json").read_text())
     methods = {row["method"]: row for row in results["rows"] if row["task"] == "average"}
     assert {"average", "task_arithmetic", "task_arithmetic, scale chosen with labels"} <= methods.keys()

@@ -353,14 +353,14 @@ def test_models_of_transformers_are_merged(kind: str, make_pool: Callable[..., A
 
 
 @pytest.mark.slow
-def test_on_digits_it_does_not_fall_behind_the_mean(tmp_path: Path) -> None:
+def test_on_digits_it_does_not_fall_behind_the_mean(digit_pool: Callable[..., Any]) -> None:
     from spolia.bench.multitask import evaluate, mean_percent
     from spolia.core.checkpoint import read_tensors
-    from spolia.runs.digits_pool import make_pool, one_thread
+    from spolia.runs.digits_pool import one_thread
 
     domains, gain = ("upright", "turned", "inverted", "permuted"), 0.0
     for seed in range(3):
-        pool = make_pool(tmp_path / str(seed), domains, seed, Journal())
+        pool = digit_pool(domains, seed)
         experts = {domain: read_tensors(pool.expert(domain)) for domain in domains}
         with one_thread():
             learned = spolia.merge(experts, method="fisher", network=pool.network, unlabelled=pool.unlabelled(domains))

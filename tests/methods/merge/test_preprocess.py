@@ -51,6 +51,7 @@ def close(got: State, expected: State, atol: float) -> None:
 # --- the methods of the same names -----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scope", ["model", "tensor", "row"])
 @pytest.mark.parametrize("density", [0.3, (0.1, 0.5, 1.0)])
 def test_ties_then_a_sum_is_ties_with_sums(scope: str, density: Any) -> None:

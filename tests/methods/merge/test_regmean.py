@@ -423,14 +423,14 @@ def test_inputs_that_are_not_finite_are_named() -> None:
 
 
 @pytest.mark.slow
-def test_on_digits_it_is_better_than_the_mean(tmp_path: Path) -> None:
+def test_on_digits_it_is_better_than_the_mean(digit_pool: Callable[..., Any]) -> None:
     from spolia.bench.multitask import evaluate, mean_percent
     from spolia.core.checkpoint import read_tensors
-    from spolia.runs.digits_pool import make_pool, one_thread
+    from spolia.runs.digits_pool import one_thread
 
     domains, gains = ("upright", "turned", "inverted", "permuted"), {"regmean": 0.0, "regmean_plus": 0.0}
     for seed in range(3):
-        pool = make_pool(tmp_path / str(seed), domains, seed, Journal())
+        pool = digit_pool(domains, seed)
         experts = {domain: read_tensors(pool.expert(domain)) for domain in domains}
         with one_thread():
             for method in gains:

@@ -204,6 +204,7 @@ NAMED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # method, what
 }  # fmt: skip
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp64", marks=pytest.mark.slow)])
 def test_named_variants(name: str, dtype: str):
