@@ -19,6 +19,8 @@ _DOORS = {
     "attach": "spolia.runs.masking",
     "merge_adapters": "spolia.runs.adapters",
     "surgery": "spolia.runs.surgery",
+    "distill": "spolia.runs.distill",
+    "meta": "spolia.runs.meta",
     "inspect": "spolia.runs.inspection",
     "compare": "spolia.runs.comparison",
     "load_recipe": "spolia.runs.recipe",
@@ -33,12 +35,18 @@ _DOORS = {
     "Examples": "spolia.parts.examples",
     "Learned": "spolia.parts.learned",
     "recipe_of": "spolia.runs.coefficients",
+    "ClassSet": "spolia.parts.classes",
+    "EpisodeSampler": "spolia.parts.episode",
+    "Inner": "spolia.core.inner",
 }
 
 if TYPE_CHECKING:
+    from spolia.core.inner import Inner as Inner
     from spolia.core.journal import Journal as Journal
     from spolia.errors import SpoliaError as SpoliaError
     from spolia.parts.bottleneck import Adapters as Adapters
+    from spolia.parts.classes import ClassSet as ClassSet
+    from spolia.parts.episode import EpisodeSampler as EpisodeSampler
     from spolia.parts.examples import Examples as Examples
     from spolia.parts.expert import Expert as Expert
     from spolia.parts.expert import ExpertPool as ExpertPool
@@ -48,11 +56,13 @@ if TYPE_CHECKING:
     from spolia.runs.adapters import merge_adapters as merge_adapters
     from spolia.runs.coefficients import recipe_of as recipe_of
     from spolia.runs.comparison import compare as compare
+    from spolia.runs.distill import distill as distill
     from spolia.runs.inspection import inspect as inspect
     from spolia.runs.masking import attach as attach
     from spolia.runs.masking import masks as masks
     from spolia.runs.recipe import Recipe as Recipe
     from spolia.runs.recipe import load_recipe as load_recipe
+    from spolia.runs.meta import meta as meta
     from spolia.runs.surgery import surgery as surgery
     from spolia.runs.verbs import merge as merge
     from spolia.runs.verbs import plan as plan

@@ -50,6 +50,8 @@ class Method:
 _MERGE = "spolia.methods.merge."
 _SPARSE = _MERGE + "sparsify:sparsified"
 _SURGERY = "spolia.methods.surgery."
+_DISTILL = "spolia.methods.distill."
+_META = "spolia.methods.meta."
 
 METHODS: tuple[Method, ...] = (
     Method(
@@ -219,6 +221,89 @@ METHODS: tuple[Method, ...] = (
         "merged weights + experts; unlabelled inputs; the task, when used",
         "1000 steps of a batch a task; closed form: 2 passes of inputs", _SURGERY + "deep:deep", "Deep",
         aliases=("surgery_v2",), data="unlabelled inputs",
+    ),
+    Method(
+        "kd", "distill", "the teacher's softened distribution, beside the labels", "Hinton et al. 2015, arXiv 1503.02531",
+        "teacher outputs, inputs (labels)", "O(B C)", _DISTILL + "kd:kd", "Kd", data="inputs",
+    ),
+    Method(
+        "dkd", "distill", "the target class apart from the others, and these among themselves",
+        "Zhao et al. 2022, arXiv 2203.08679", "teacher outputs, inputs, labels", "O(B C)", _DISTILL + "dkd:dkd", "Dkd",
+        data="labels",
+    ),
+    Method(
+        "dist", "distill", "correlation with the teacher, over the classes and over the batch",
+        "Huang et al. 2022, arXiv 2205.10536", "teacher outputs, inputs (labels)", "O(B C)", _DISTILL + "dist:dist",
+        "Dist", data="inputs",
+    ),
+    Method(
+        "nkd", "distill", "the teacher's sureness of the label, and its other classes made to sum to one",
+        "Yang et al. 2023, arXiv 2303.13005", "teacher outputs, inputs, labels", "O(B C)", _DISTILL + "nkd:nkd", "Nkd",
+        data="labels",
+    ),
+    Method(
+        "lskd", "distill", "logits of mean 0 and deviation 1 first, then KD, DKD or MLKD", "Sun et al. 2024, arXiv 2403.01427",
+        "teacher outputs, inputs (labels)", "O(B C)", _DISTILL + "lskd:lskd", "Lskd", data="inputs",
+    ),
+    Method(
+        "mlkd", "distill", "predictions, relations of samples and of classes, at five temperatures and in two views",
+        "Jin et al. 2023, doi:10.1109/CVPR52729.2023.02325", "live teacher, two augmentations (labels)",
+        "twice the forwards", _DISTILL + "mlkd:mlkd", "Mlkd", data="inputs",
+    ),
+    Method(
+        "ctkd", "distill", "as kd, at a temperature that is learned against the student", "Li et al. 2023, arXiv 2211.16231",
+        "teacher outputs, inputs (labels)", "O(B C)", _DISTILL + "ctkd:ctkd", "Ctkd", data="inputs",
+    ),
+    Method(
+        "rkd", "distill", "distances and angles between the samples of a batch", "Park et al. 2019, arXiv 1904.05068",
+        "teacher outputs or features (labels)", "O(B^3)", _DISTILL + "rkd:rkd", "Rkd", data="inputs",
+    ),
+    Method(
+        "fitnets", "distill", "a layer of the student led by a layer of the teacher", "Romero et al. 2015, arXiv 1412.6550",
+        "white-box teacher, inputs (labels)", "teacher forward", _DISTILL + "fitnets:fitnets", "Fitnets", data="inputs",
+    ),
+    Method(
+        "attention", "distill", "where the teacher's layers look, the student's look too",
+        "Zagoruyko & Komodakis 2017, arXiv 1612.03928", "white-box teacher, inputs (labels)", "teacher forward",
+        _DISTILL + "attention:attention", "Attention", data="inputs",
+    ),
+    Method(
+        "rkkd", "distill", "the teacher's order of all classes, beside any logit loss",
+        "Guan et al. 2025, arXiv 2409.17823", "teacher outputs, inputs (labels)",
+        "O(B C) memory; O(B C^2) time exact, O(B C M) expanded", _DISTILL + "rkkd:rkkd", "Rkkd", data="inputs",
+    ),
+    Method(
+        "protonet", "meta", "features in which a class is the mean of its few examples",
+        "Snell et al. 2017, arXiv 1703.05175", "a network; labelled training classes", "a forward pass an episode",
+        _META + "protonet:protonet", "Protonet", data="labelled classes",
+    ),
+    Method(
+        "maml", "meta", "a start from which a few gradient steps on a support suffice",
+        "Finn et al. 2017, arXiv 1703.03400", "a network; labelled training classes",
+        "3 to 4 times K steps a task", _META + "maml:maml", "Maml", data="labelled classes",
+    ),
+    Method(
+        "anil", "meta", "as maml, with inner steps that move the head alone", "Raghu et al. 2020, arXiv 1909.09157",
+        "a network; labelled training classes", "less than MAML", _META + "anil:anil", "Anil", data="labelled classes",
+    ),
+    Method(
+        "boil", "meta", "as maml, with inner steps that move the body alone", "Oh et al. 2021, arXiv 2008.08882",
+        "a network; labelled training classes", "that of MAML", _META + "boil:boil", "Boil", data="labelled classes",
+    ),
+    Method(
+        "reptile", "meta", "train on each task for a while, move the start towards where that led",
+        "Nichol et al. 2018, arXiv 1803.02999", "a network; labelled training classes", "K steps a task",
+        _META + "reptile:reptile", "Reptile", data="labelled classes",
+    ),
+    Method(
+        "unicorn", "meta", "as maml, with one vector as every class's head: label order does not matter",
+        "Ye & Chao 2022, arXiv 2106.16245", "a network; labelled training classes", "K + 1 steps a task, pretraining",
+        _META + "unicorn:unicorn", "Unicorn", aliases=("unicorn_maml",), data="labelled classes",
+    ),
+    Method(
+        "msd", "meta", "adapting on any view of a support gives the same answers", "Cheng et al. 2024, arXiv 2408.04590",
+        "a network; labelled training classes; views", "that of its base", _META + "msd:msd", "Msd",
+        data="labelled classes",
     ),
 )  # fmt: skip
 
