@@ -60,9 +60,9 @@ if TYPE_CHECKING:
     from spolia.runs.inspection import inspect as inspect
     from spolia.runs.masking import attach as attach
     from spolia.runs.masking import masks as masks
+    from spolia.runs.meta import meta as meta
     from spolia.runs.recipe import Recipe as Recipe
     from spolia.runs.recipe import load_recipe as load_recipe
-    from spolia.runs.meta import meta as meta
     from spolia.runs.surgery import surgery as surgery
     from spolia.runs.verbs import merge as merge
     from spolia.runs.verbs import plan as plan
