@@ -162,6 +162,7 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(HOUSE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_runs(page: Path, reader: Path) -> None:
     names: dict[str, Any] = {"__name__": "__page__"}

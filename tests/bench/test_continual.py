@@ -128,6 +128,7 @@ def test_few_shot_numbers(stream: Stream) -> None:
     assert found == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["class", "domain", "free"])
 def test_every_scenario_runs(kind: str, stream: Stream) -> None:
     if kind == "domain":

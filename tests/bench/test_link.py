@@ -52,6 +52,7 @@ def by(**more) -> Yardstick:
     return Yardstick(Channel(), CODE, bits_per_symbol=2, **more)
 
 
+@pytest.mark.slow
 def test_error_rates_are_the_closed_forms():
     """Hard decisions of QPSK at 4 dB: 1600 frames' worth of bits."""
     (point,) = sweep(links(), draw, [4.0], by(keep_texts=False), errors=10**6, batches=100)

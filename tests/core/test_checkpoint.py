@@ -19,6 +19,8 @@ from spolia.core import checkpoint as ckpt
 from spolia.core.checkpoint import BY_TORCH_NAME, Checkpoint, natural, read_tensors, write_checkpoint
 from spolia.errors import SpoliaError
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 DTYPES = [getattr(torch, name) for name in BY_TORCH_NAME]
 F4 = b"\0" * 4
 

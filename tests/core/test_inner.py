@@ -13,6 +13,8 @@ from torch.nn.functional import batch_norm, cross_entropy
 
 from spolia.core.inner import Execution, Inner, InnerLoop, Task, tasks_of
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # fp64: the same sums in another order
 Weights = dict[str, Tensor]
 RULES = [

@@ -18,6 +18,8 @@ from spolia.core.inner import Execution, Found, Inner, InnerLoop, Task, tasks_of
 from spolia.core.inner_running import Saved
 from spolia.errors import SpoliaError
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # fp64: the same sums in another order
 MODES = ["loop", "workers", "vmap"]
 

@@ -19,6 +19,8 @@ from spolia.core.snr import CONVENTIONS, Rates, explain, from_esn0, n0_of, to_es
 from spolia.errors import SpoliaError
 from spolia.parts.channel import Channel
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 NAMES = tuple(m.BITS)
 COUNT = 120_000  # bits of a simulated rate
 

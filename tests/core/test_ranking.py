@@ -18,6 +18,8 @@ from spolia.core.ranking import choose, sampled_tau_loss, tau_loss, top_pairs
 from spolia.core.ranking_terms import Form, Phi, Tau, broadcast, hyperbolic, ranks
 from spolia.errors import SpoliaError
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 FORMS, PHIS = get_args(Form), get_args(Phi)
 EVERY = [Tau(form, phi, 0.7, normalize) for form in FORMS for phi in PHIS for normalize in (False, True)]
 

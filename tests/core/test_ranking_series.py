@@ -13,6 +13,8 @@ from spolia.core.ranking import tau_loss
 from spolia.core.ranking_series import Series, fit, fitted, separated, series_for, sorted_sums
 from spolia.core.ranking_terms import Tau, hyperbolic, phi_of
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 WAYS = [("hard_teacher", "sorted"), ("product", "expansion")]
 
 

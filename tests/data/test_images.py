@@ -128,6 +128,7 @@ def test_the_seed_shuffles_and_nothing_else_does(tmp_path: Path):
     assert torch.equal(first.test.x, other.test.x)
 
 
+@pytest.mark.slow
 def test_images_of_one_track_stay_together(tmp_path: Path):
     count, track = 300, np.arange(300) // 3 // 10  # ten of each class show one thing; numbers start anew in each class
     for seed in range(5):

@@ -132,6 +132,7 @@ def test_a_folder_a_class(tmp_path: Path) -> None:
         classes_in(folder / "empty")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "told",
     [

@@ -76,6 +76,7 @@ def fuzz(data: st.DataObject, sound: Path, told: Callable[..., Any], root: Path)
     assert found and all(torch.isfinite(t.double()).all() for t in found.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore")

@@ -42,7 +42,10 @@ NUMBERS = {"layer.10.w": (4, 6), "layer.2.w": (6, 3), "norm.weight": (5,), "scal
 # fp32's last digit a few times over, at numbers of size 1
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 
-every = pytest.mark.parametrize("method", MERGES.values(), ids=MERGES)
+
+def every(test: Callable[..., None]) -> Callable[..., None]:
+    """With every merge; a third of them counts as fast."""
+    return pytest.mark.sampled(3)(pytest.mark.parametrize("method", MERGES.values(), ids=MERGES)(test))
 
 
 def draw(count: int, dtype: torch.dtype = torch.float32) -> list[State]:

@@ -182,6 +182,7 @@ def small() -> Setup:
     return Setup("cnn")
 
 
+@pytest.mark.slow
 def test_the_file_says_what_it_holds(tmp_path) -> None:
     model = small().fit(protocol="transductive")
     file = model.adapters.save(tmp_path / "deep" / "adapters.safetensors")

@@ -21,6 +21,8 @@ from spolia.parts.expert import ExpertPool, FileWeights, MemoryWeights
 from spolia.parts.inputs import Inputs
 from spolia.parts.lora import LoraPlane, LoraWeights
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 Write = Callable[..., Path]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from spolia.parts.patterns import BadPattern, compile_patterns, first_fit
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 NAMES = [
     "", "q", "a.q", "a.xq", "b.a.k", "layers.0.q", "layers.12.self_attn.q_proj", "model.layers.1.mlp.up", "a.b.q", "aq",
     "a_q", "a..q", "layers.1", "xlayers.1", "layers.10", "q.a", "k", "qk", "aab", "ab", "-1.w", "\u0663.q",

@@ -28,6 +28,8 @@ from spolia.runs.recipe import check_recipe, read_source
 from spolia.runs.store import RunFolder
 from spolia.zoo.resnet import ResNet
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 LOSSES = [method.name for method in METHODS if method.family == "distill"]
 SHORT = ["problem.training.epochs=2", "problem.training.check_every=5", "problem.images=40", "problem.teacher=16"]
 

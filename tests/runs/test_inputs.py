@@ -19,6 +19,8 @@ from spolia.parts.expert import MemoryWeights
 from spolia.parts.lora import LoraWeights
 from spolia.runs.verbs import merge_recipe, read_request
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 Write = Callable[..., Path]
 CONFIG = {"model_type": "x", "vocab_size": 50}
 

@@ -158,6 +158,7 @@ def test_blocks_are_found_for_deep_surgery(clip: Any) -> None:
     assert names == ["vision_model.encoder.layers.0", "vision_model.encoder.layers.1", ""]
 
 
+@pytest.mark.slow
 def test_towers_from_folders(clip: Any, tmp_path: Path) -> None:
     batch = pictures(3)
     clip.save_pretrained(tmp_path / "whole")

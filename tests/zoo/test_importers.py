@@ -288,9 +288,9 @@ def test_whatever_is_changed_in_a_file_it_is_read_or_told(form: str, tmp_path: P
     FORMS[form](nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), tmp_path / "whole.pt")
     whole, draws = (tmp_path / "whole.pt").read_bytes(), torch.Generator().manual_seed(0)
     read = 0
-    for _ in range(150):
+    for turn in range(150):
         data = bytearray(whole)
-        for place, value in torch.randint(0, 1 << 30, (3, 2), generator=draws).tolist():
+        for place, value in torch.randint(0, 1 << 30, (1 + turn % 3, 2), generator=draws).tolist():
             data[place % len(data)] = value % 256
         (tmp_path / "x.pt").write_bytes(data)
         try:
@@ -298,7 +298,7 @@ def test_whatever_is_changed_in_a_file_it_is_read_or_told(form: str, tmp_path: P
             read += len([found.tensor(name) for name in found.views]) > 0
         except SpoliaError as error:
             assert error.problems[0].mend
-    assert read  # most changes hit numbers or padding
+    assert read  # many single changes hit numbers or padding
 
 
 def test_a_short_file_that_grows_without_bound_is_refused(tmp_path: Path) -> None:

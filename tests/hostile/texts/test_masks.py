@@ -12,6 +12,8 @@ import pytest
 
 import spolia
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 Change = Callable[[dict[str, Any]], Any]
 SHAPES = {"model.embed_tokens.weight": [4, 2], "model.layers.0.w.weight": [3, 2]}
 EMBED = "model.embed_tokens.weight"

@@ -23,6 +23,8 @@ from spolia.methods.distill.nkd import Nkd
 from spolia.methods.distill.objective import Objective, Outputs
 from spolia.methods.distill.rkd import Rkd
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 BY_SAMPLE = [Kd(), Kd(divergence="jensen_shannon"), Dkd(), Nkd(), Lskd(), Lskd(base="dkd"), Ctkd(), Ctkd(base="nkd")]
 BY_BATCH = [Dist(), Rkd(), Rkd(angle=0)]
 ALL = [*BY_SAMPLE, *BY_BATCH]

@@ -26,6 +26,8 @@ from spolia.methods.distill.train import Training, distill
 from spolia.parts.teacher import Teachers, cached
 from spolia.zoo.tiny_lm import TinyLM
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 CLASSES = 4
 
 

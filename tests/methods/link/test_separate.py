@@ -52,6 +52,7 @@ def test_a_text_comes_back_from_its_bits_for_any_prior():
                 assert len(bits) <= ideal + 3  # from below it has no bound: zeros at the end are not written
 
 
+@pytest.mark.slow
 def test_without_noise_every_text_that_fits_arrives_and_passes():
     prior, tokens = prior_of(), text(25)
     link = separate(LMCompressor(prior), BPSK, uses)
@@ -80,6 +81,7 @@ def test_more_uses_and_more_energy_lose_fewer_frames_and_none_beats_the_bound():
     assert lost["near", 3.0] < lost["near", 0.0] and lost["far", 0.0] < lost["near", 0.0]
 
 
+@pytest.mark.slow
 def test_another_model_at_the_receiver_is_caught_by_the_check():
     """Trained on a little less: almost every text comes out wrong, and none of those passes."""
     tokens, whole = text(20), text(300, 9)

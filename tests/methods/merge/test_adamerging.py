@@ -24,6 +24,8 @@ from spolia.parts.layers import grouped
 from spolia.parts.learned import Learned
 from spolia.parts.pieces import Storage
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 State = dict[str, Tensor]
 WIDE = torch.float64
 TASKS = ("a", "b", "c")

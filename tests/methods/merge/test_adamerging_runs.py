@@ -23,6 +23,8 @@ from spolia.parts.combination import Combination
 from spolia.parts.learned import Learned
 from spolia.parts.pieces import Storage
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 State = dict[str, Tensor]
 TASKS = ("a", "b")
 

@@ -17,6 +17,8 @@ from spolia.core.checkpoint import read_tensors
 from spolia.methods.merge.awd import Awd, disentangle
 from spolia.runs.digits_pool import DigitExperts
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 State = dict[str, torch.Tensor]
 
 
@@ -109,6 +111,7 @@ def test_groups_side_by_side_are_solved_as_if_alone() -> None:
         torch.testing.assert_close(a[group], alone[0], rtol=1e-9, atol=1e-12)  # sums in another order
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 99), factor=st.sampled_from([1e-3, 7.0, 1e4]), count=st.integers(2, 6))
 def test_scale_and_order_of_the_task_vectors(seed: int, factor: float, count: int) -> None:

@@ -165,6 +165,7 @@ def test_streamed_is_in_memory_bit_for_bit_with_any_number_of_threads(
             assert all(torch.equal(t, first[n]) for n, t in read_tensors(out).items())
 
 
+@pytest.mark.slow
 def test_shared_work_gives_the_same_bits(folders: list[Path], tmp_path: Path) -> None:
     base, *experts = folders
     call: dict[str, Any] = {"base": base, "method": "ties", "preprocess": CHAINS[4]}
@@ -173,6 +174,7 @@ def test_shared_work_gives_the_same_bits(folders: list[Path], tmp_path: Path) ->
     assert all(torch.equal(t, shared[n]) for n, t in alone.items())
 
 
+@pytest.mark.slow
 def test_another_chain_is_another_merge(folders: list[Path], tmp_path: Path) -> None:
     base, *experts = folders
     for chain in CHAINS:

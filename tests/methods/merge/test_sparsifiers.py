@@ -21,6 +21,8 @@ from spolia.core.stream import Stack, TensorPlane
 from spolia.methods.merge.sparsifiers import keep_levels
 from spolia.methods.merge.sparsify import Della, Sparsified, Ties, sparsified
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 State = dict[str, torch.Tensor]
 SIGMAS = 5
 

@@ -240,6 +240,7 @@ def test_one_step_on_a_sine_beats_the_start_and_joint_training():
     assert max(ratios) < 0.9 and max(joint) < 0.7, (ratios, joint)  # margins below 1: seen 0.75 and 0.5
 
 
+@pytest.mark.slow
 def test_digits_are_told_apart_after_a_short_training():
     train, test = digit_classes().split((0.5, 0.5), 0)
     start = network(dtype=torch.float32)

@@ -18,6 +18,8 @@ from spolia.methods.meta.maml import Maml, maml
 from spolia.methods.meta.msd import BASES, Msd, disagreement, meta_loss, msd, viewed, weight_at
 from spolia.parts.episode import Episodes, EpisodeSampler
 
+pytestmark = pytest.mark.sampled(3)  # of many cases alike
+
 WAYS = 3
 SMALL = {"tasks": 2, "inner_steps": 2, "inner_lr": 0.4, "optimizer": "sgd", "momentum": 0.0, "lr": 1.0, "pretrain": 0}
 

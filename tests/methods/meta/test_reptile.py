@@ -90,6 +90,7 @@ def test_a_killed_training_goes_on_to_the_bit(tmp_path):
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in whole.state_dict().items())
 
 
+@pytest.mark.slow
 def test_digits_are_told_apart_after_a_short_training():
     train, test = digit_classes().split((0.5, 0.5), 0)
     settings = Reptile(steps=60, inner_lr=1e-2, test_steps=20)
