@@ -32,6 +32,7 @@ def test_looking_around_imports_nothing_heavy(tmp_path):
         ["--help"], [], ["list"], ["list", "sign", "--json"], ["show", "ties"], ["show", "slerp", "--json"],
         ["new", "ties"], ["schema"], ["run", "--help"], ["run", "merge/tis"], ["plan", "merge/ties", "method.lrr=3"],
         ["merge", "none.yml", "out"], ["import", "--help"], ["import", "none.pt", "-o", "out"],
+        ["link"], ["link", "demo", "--help"],
     ]  # fmt: skip
     program = (
         "import json, sys\nfrom spolia.cli import main\n"
@@ -99,6 +100,7 @@ def test_new_writes_a_recipe_once(capsys, tmp_path):
         (["report", ".", "--to", "htm"], ["`htm`", "`html`"]),
         (["import", "none.pt", "-o", "out"], ["none.pt", "no such file"]),
         (["import", "none.pt"], ["--out"]),
+        (["link", "demo", " "], ["there is no text", "spolia link demo"]),
         (["new", "ties", "-o", "no/such/folder.yaml"], ["no/such/folder.yaml", "cannot be written"]),
     ],
     ids=lambda v: " ".join(v),
@@ -311,3 +313,11 @@ def test_a_plan_tells_everything_it_holds():
         "mind",
     ):
         assert word in text
+
+
+@pytest.mark.slow
+def test_a_sentence_goes_through_noise(capsys):
+    code, out, _ = spolia(capsys, "link", "demo", "Text through noise.", "--esn0", "12", "--json")
+    assert code == 0 and {read["text"] for read in json.loads(out)["reads"]} == {"Text through noise."}
+    code, out, _ = spolia(capsys, "link", "demo", "Text through noise.", "--esn0", "12")
+    assert code == 0 and out.count("right") == 5

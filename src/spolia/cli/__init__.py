@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from spolia import __version__
-from spolia.cli import looking, models, recipes
+from spolia.cli import links, looking, models, recipes
 from spolia.runs import telling
 
 app = typer.Typer(
@@ -55,6 +55,7 @@ app.command()(models.compare)
 app.command()(recipes.report)
 app.command()(recipes.demo)
 app.command()(looking.doctor)
+app.add_typer(links.app, name="link")
 
 
 def main(arguments: list[str] | None = None) -> None:

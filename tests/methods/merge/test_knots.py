@@ -395,4 +395,7 @@ def test_adapters_never_become_dense(
         "print(top() - before)"
     )
     grown = int(fork(code).communicate()[0])
-    assert grown < 100_000  # KiB; the base has 200 000, a dense shared basis of one matrix 150 000
+    assert (
+        grown < 125_000
+    )  # KiB, modules that a merge imports among them; the base has 200 000, a dense shared basis of one
+    # matrix 150 000
