@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from spolia.core.lazy import torch
 from spolia.core.settings import MergeSettings
-from spolia.core.stream import Block, FilePlane, Plane, Stack, TensorPlane, in_parallel
+from spolia.core.stream import Block, FilePlane, Plane, Stack, TensorPlane, in_parallel, share_one_arena
 from spolia.parts.align import Aligned
 from spolia.parts.expert import ExpertPool
 from spolia.parts.lora import LoraPlane
@@ -86,6 +86,7 @@ def held(
 ) -> list[Piece]:
     """The task vectors of `tensors`, read once; what the pool's steps survey comes on top. Use inside `pool.opened()`."""
     merge = Merge(pool, tensors, _changes, None, lambda name: MergeSettings(), {}, seed, threads)
+    share_one_arena()
     pieces = [_piece(tensor, targets[tensor.name], merge) for tensor in tensors]
     _allot(pieces, len(pool.experts), storage)
     _fill(pieces, tensors, merge, threads)
