@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spolia.core import tensorfile
 from spolia.core.lazy import np, torch
-from spolia.core.staging import disk_error
 from spolia.errors import SpoliaError
 
 if TYPE_CHECKING:
@@ -93,57 +91,21 @@ def decode(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 
 def save(file: Path, value: Any) -> None:
     """Write `value` to `file`, whole or not at all: a temporary neighbour, flushed to the disk, then renamed."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     text = json.dumps(encode(value, tensors), allow_nan=False, separators=(",", ":"))
     metadata = {"format": _FORMAT, "skeleton": text, "checksum": _checksum(text, tensors)}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=file.name, suffix=".part", dir=file.parent)
-        os.close(handle)
-        try:
-            save_file(tensors, name, metadata)
-            flush(Path(name))
-            Path(name).replace(file)
-            flush(file.parent)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise disk_error(error, file) from None
-    except SafetensorError as error:  # as it calls a full disk
-        mend = "free some space or check the disk, then run the same command again: it goes on"
-        raise SpoliaError(f"cannot be written: {error}", where=str(file), mend=mend) from None
+    tensorfile.write(file, tensors, metadata)
 
 
 def load(file: Path) -> Any:
     """The value in `file`. Raises Damaged unless every byte is as it was written."""
-    from safetensors import SafetensorError, safe_open
-
-    if not file.is_file():  # to open a pipe would wait for ever
-        raise Damaged("no regular file")
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
+        metadata, tensors = tensorfile.read(file, "")
         if metadata.get("format") != _FORMAT or metadata["checksum"] != _checksum(metadata["skeleton"], tensors):
             raise Damaged("checksum differs")
         return decode(json.loads(metadata["skeleton"]), tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (SpoliaError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise Damaged(str(error)) from error
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold what was written to `path`, a file or a folder."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _checksum(text: str, tensors: dict[str, Tensor]) -> str:

@@ -21,8 +21,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spolia.core import tensorfile
 from spolia.core.files import read_json
-from spolia.core.kept import flush
 from spolia.core.lazy import np, torch
 from spolia.core.staging import disk_error
 from spolia.errors import SpoliaError
@@ -123,18 +123,7 @@ class Shards:
 
     def write(self, shard: int, parts: dict[str, Tensor]) -> None:
         """The entries of `span(shard)`, [entries, ...] each: there whole, or not at all."""
-        from safetensors.torch import save_file
-
-        file = self._file(shard)
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        try:
-            save_file({name: t.contiguous() for name, t in parts.items()}, part)
-            flush(part)
-            part.replace(file)
-        except OSError as error:
-            raise disk_error(error, file) from None
-        finally:
-            part.unlink(missing_ok=True)
+        tensorfile.write(self._file(shard), parts)
 
     def read(self, places: np.ndarray, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         """Entries at `places`, in that order."""
@@ -150,16 +139,9 @@ class Shards:
         return made
 
     def _mapped(self, shard: int) -> dict[str, Tensor]:
-        from safetensors import SafetensorError, safe_open
-
         if shard not in self._open:
             file = self._file(shard)
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    parts = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            except (SafetensorError, OSError) as error:
-                mend = "delete this file and make the cache again: it goes on"
-                raise SpoliaError(f"cannot be read: {error}", where=str(file), mend=mend) from None
+            _, parts = tensorfile.read(file, "delete this file and make the cache again: it goes on")
             if any(len(tensor) != len(self.span(shard)) for tensor in parts.values()):
                 raise SpoliaError("holds another number of entries", where=str(file), mend="delete this file")
             self._open[shard] = parts

@@ -1,4 +1,4 @@
-"""What a classifier's outputs say of themselves: entropies and distances of softmax distributions, from logits.
+"""What a classifier's outputs say of themselves: entropies of softmax distributions, from logits.
 
 Logits are [batch, classes] or [batch, tokens, classes]; everything is computed from log-softmax, so it is finite with a
 finite gradient at any finite logits.
@@ -19,12 +19,6 @@ def entropy(logits: Tensor) -> Tensor:
     """H of every distribution, in nats: [...]."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
-
-
-def divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """KL(softmax(reference) || softmax(logits)) of every pair, in nats: [...]."""
-    log_q, log_p = logits.log_softmax(-1), reference.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

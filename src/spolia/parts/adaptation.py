@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from spolia.core.dist import summed, world
+from spolia.core.divergence import kl
 from spolia.core.lazy import np, torch
-from spolia.core.outputs import cross_entropy, divergence, diversity, entropy, mean_distribution
+from spolia.core.outputs import cross_entropy, diversity, entropy, mean_distribution
 from spolia.errors import Problems
 from spolia.parts.combination import Combination
 from spolia.parts.examples import Examples
@@ -69,7 +70,7 @@ class Objective:
         if kind == "expert":
             teacher = self.teachers[task]
             rows = torch.from_numpy(teacher.row[places])
-            return divergence(logits, teacher.logits[rows].to(logits))
+            return kl(logits, teacher.logits[rows].to(logits))
         if kind == "labels":
             return cross_entropy(logits, self.inputs[task].labels_at(places).to(logits.device))
         found = entropy(logits)

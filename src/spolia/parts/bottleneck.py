@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spolia.core.kept import flush
+from spolia.core import tensorfile
 from spolia.core.seeds import entropy
 from spolia.errors import SpoliaError, SpoliaWarning, did_you_mean
 from spolia.parts.network import NAMED
@@ -128,8 +127,6 @@ class Adapters(nn.Module):
 
     def save(self, file: str | os.PathLike[str]) -> Path:
         """One safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
-
         about = {
             "format": FORMAT,
             "tasks": self.tasks,
@@ -140,31 +137,13 @@ class Adapters(nn.Module):
             "fingerprint": self.fingerprint,
             "facts": self.facts,
         }
-        target = Path(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=target.name, suffix=".part", dir=target.parent)
-        os.close(handle)
-        try:
-            tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-            save_file(tensors, name, {"about": json.dumps(about, allow_nan=False)})  # several keys have no fixed order
-            flush(Path(name))
-            Path(name).replace(target)
-        finally:
-            Path(name).unlink(missing_ok=True)
-        return target
+        # several keys of metadata have no fixed order
+        return tensorfile.write(Path(file), self.state_dict(), {"about": json.dumps(about, allow_nan=False)})
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> Adapters:
         """Adapters that `save` wrote. SpoliaError for any other file."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
-            mend = "give the file that Adapters.save wrote"
-            raise SpoliaError(f"cannot be read: {error}", where=str(file), mend=mend) from None
+        metadata, tensors = tensorfile.read(file, "give the file that Adapters.save wrote")
         try:
             about = json.loads(metadata["about"])
             if about["format"] != FORMAT:

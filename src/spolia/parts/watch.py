@@ -12,8 +12,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from spolia.core.dist import summed, world
+from spolia.core.divergence import kl
 from spolia.core.lazy import np, torch
-from spolia.core.outputs import divergence, entropy, flatness, mean_distribution
+from spolia.core.outputs import entropy, flatness, mean_distribution
 from spolia.parts.examples import Examples
 from spolia.parts.network import Network
 
@@ -90,7 +91,7 @@ class Watch:
                 totals[3] += int((labels >= 0).sum())
             if self.measures:
                 expert = self.logits[task][torch.from_numpy(places)].to(logits.device).float()
-                totals[4] += float(divergence(logits.float(), expert).sum(dtype=torch.float64))
+                totals[4] += float(kl(logits.float(), expert).sum(dtype=torch.float64))
             found = torch.bincount(classes.reshape(-1), minlength=logits.shape[-1]).double()
             mean = mean_distribution(logits) + (0 if mean is None else mean)
             counts = found + (0 if counts is None else counts)

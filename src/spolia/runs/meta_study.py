@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spolia.catalog import Method
+from spolia.core import tensorfile
 from spolia.core.journal import Journal
 from spolia.errors import Problems
 from spolia.runs import meta_ledger
@@ -160,10 +161,8 @@ def _write(run: RunFolder, learner: Any) -> None:
     if hasattr(learner, "save"):
         learner.save(run.result / "learner.safetensors")
         return
-    from safetensors.torch import save_file
-
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in learner.state_dict().items()}
-    save_file(tensors, run.result / "learner.safetensors")
+    tensors = {name: t.detach().clone() for name, t in learner.state_dict().items()}
+    tensorfile.write(run.result / "learner.safetensors", tensors)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spolia.catalog import find
+from spolia.core import tensorfile
 from spolia.core.inner import Execution, Inner, InnerLoop, Task
 from spolia.core.inner_rules import adapted_names, dropping
-from spolia.core.kept import flush
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import generator
 from spolia.errors import SpoliaError
@@ -95,21 +95,10 @@ class MetaLearner:
 
     def save(self, file: str | os.PathLike[str]) -> Path:
         """One safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
-
-        target = Path(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
         settings = self.settings.model_dump(mode="json")
         about = {"format": FORMAT, "method": self.settings.method, "settings": settings}
-        try:
-            tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.state_dict().items()}
-            save_file(tensors, part, {"about": json.dumps(about, allow_nan=False)})
-            flush(part)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-        return target
+        tensors = {name: t.detach().clone() for name, t in self.state_dict().items()}  # tied ones apart
+        return tensorfile.write(Path(file), tensors, {"about": json.dumps(about, allow_nan=False)})
 
     @classmethod
     def load(cls, file: str | os.PathLike[str], network: nn.Module, views: Views | None = None) -> MetaLearner:
@@ -154,16 +143,14 @@ class MetaLearner:
 
 def _read(file: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a file says about itself, and its tensors."""
-    from safetensors import SafetensorError, safe_open
-
+    mend = "give what save() wrote"
+    metadata, state = tensorfile.read(file, mend)
     try:
-        with safe_open(file, "pt") as held:
-            about = json.loads((held.metadata() or {}).get("about", "{}"))
-            state = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise SpoliaError(f"cannot be read: {error}", where=str(file), mend="give what save() wrote") from None
-    if about.get("format") != FORMAT:
-        raise SpoliaError("holds no meta-learner", where=str(file), mend="give what save() wrote")
+        about = json.loads(metadata.get("about", "{}"))
+    except ValueError:
+        about = None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise SpoliaError("holds no meta-learner", where=str(file), mend=mend)
     return about, state
 
 
