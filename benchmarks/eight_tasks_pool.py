@@ -51,22 +51,23 @@ class Recipe:
     net: str
     strengths: dict[str, Training]  # of fine-tuning
     shape: tuple[int, int, int, int] = (8, 192, 6, 3)  # of the ViT: patch, width, depth, heads
-    pretraining: Training = Training(1e-3, 8000, 128)
+    pretraining: Training = Training(1e-3, 5000, 128)
     enlarged: int = 64  # side of what SqueezeNet is given, pixels
     head_steps: int = 100  # of L-BFGS, at most
     read: int | None = None  # images of each part of a file, at most
-    most: dict[str, int] = field(default_factory=lambda: {"validation": 500, "unlabelled": 1000, "test": 2000})
+    most: dict[str, int] = field(default_factory=lambda: {"validation": 250, "unlabelled": 1000, "test": 1000})
     awd_steps: int = 500  # of AWD: its default; not of AWD + AdaMerging, which always has it
-    adapt_steps: int = 500  # of AdaMerging: the paper's
-    repair_steps: int = 1000  # of surgery, a task: the paper's
+    adapt_steps: int = 150  # of AdaMerging, and their rate: its preset `fast`; the paper has 500 at 1e-3
+    adapt_lr: float = 1e-2
+    repair_steps: int = 200  # of surgery, a task; the paper has 1000
 
 
 def recipe_of(net: str, quick: bool) -> Recipe:
     """The recipe of a network; `quick` does everything with a few images and steps, to see that it runs."""
     if net == "vit":
-        strengths = {"light": Training(5e-5, 200), "medium": Training(2e-4, 300), "strong": Training(1e-3, 600)}
+        strengths = {"light": Training(5e-5, 150), "medium": Training(2e-4, 300), "strong": Training(1e-3, 300)}
     else:
-        strengths = {"light": Training(2e-5, 200), "medium": Training(1e-4, 300), "strong": Training(4e-4, 600)}
+        strengths = {"light": Training(2e-5, 150), "medium": Training(1e-4, 300), "strong": Training(4e-4, 300)}
     recipe = Recipe(net, strengths)
     if not quick:
         return recipe

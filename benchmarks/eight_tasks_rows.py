@@ -69,7 +69,7 @@ def entries(recipe: Recipe) -> Iterator[Entry]:
     if recipe.net == "vit":  # SqueezeNet has no linear layers to solve for
         yield Entry("regmean", "regmean", seen=HELD)
         yield Entry("regmean_plus", "regmean_plus", seen=HELD)
-    steps = {"steps": recipe.adapt_steps}
+    steps = {"steps": recipe.adapt_steps, "lr": recipe.adapt_lr}
     for method, preprocess in (("adamerging", "none"), ("adamerging++", "ties"), ("awd + adamerging", "awd")):
         for way, granularity in (("task-wise", "task"), ("layer-wise", "tensor")):
             asked = steps | {"granularity": granularity, "preprocess": preprocess}
