@@ -61,7 +61,7 @@ class Cifar:
     depth: int = 8
     width: int = 8
     student: Training = field(
-        default_factory=lambda: Training(epochs=8, batch=128, lr=0.1, schedule="cosine", weight_decay=5e-4, warmup=50)
+        default_factory=lambda: Training(epochs=5, batch=128, lr=0.1, schedule="cosine", weight_decay=5e-4, warmup=50)
     )
     losses: tuple[tuple[str, Settings], ...] = (("kd", Kd()), ("dkd", Dkd(beta=2.0)), ("dist", Dist()))
     rank: Rkkd = field(default_factory=Rkkd)
@@ -86,8 +86,8 @@ class Lm:
     width: int = 32
     student: Training = field(
         default_factory=lambda: Training(
-            steps=400, batch=16, task="tokens", optimizer="adamw", lr=4e-3, weight_decay=0.01, schedule="cosine",
-            warmup=20, clip=1.0, check_every=80, watch="loss",
+            steps=250, batch=16, task="tokens", optimizer="adamw", lr=4e-3, weight_decay=0.01, schedule="cosine",
+            warmup=20, clip=1.0, check_every=50, watch="loss",
         )
     )  # fmt: skip
     losses: tuple[tuple[str, Settings], ...] = (
