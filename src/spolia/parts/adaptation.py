@@ -1,12 +1,13 @@
 """One step of learning from inputs without labels: losses on a network's outputs, task by task, batch by batch.
 
-Each forward pass has its graph to itself; gradients add up in the weights. Processes share a batch among them.
+Each forward pass has its graph to itself; gradients add up in the weights. Tasks with few inputs share a pass, for every
+backward pass reads and writes a gradient as large as the model. Processes share a batch among them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STATED = 512  # inputs of a task that running statistics are found on, at most
+_PASS = 8  # inputs of a forward pass where nothing is said and a batch has no more: most of the gain, little memory
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,27 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Inputs of a task that a step looks at: their places, and the weight of their mean loss."""
+
+    task: str
+    places: np.ndarray
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a forward pass takes of a batch."""
+
+    batch: Batch
+    places: np.ndarray
+    inputs: Any
+    mean: Tensor | None  # the mean distribution of the whole batch
+
+
+@dataclass(frozen=True)
 class Objective:
-    """The loss of a task. `settings` has objective, diversity and micro_batch; see AdaMerging."""
+    """The loss of a task. `settings` has objective, diversity, batch and micro_batch; see AdaMerging."""
 
     inputs: Mapping[str, Examples]
     settings: Any
@@ -47,22 +68,16 @@ class Objective:
     def uses_labels(self) -> bool:
         return self.settings.objective == "labels"
 
-    def backward(self, network: Network, task: str, places: np.ndarray, weight: float = 1.0) -> float:
-        """Add `weight` times the gradient of the mean loss over `places` to the weights. This process's part of the loss."""
-        rank, ranks = world()
-        size, mine = self.settings.micro_batch or len(places), places[rank::ranks]
-        chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
-        mean = None
-        if self.settings.objective == "information" and (len(chunks) > 1 or ranks > 1):
-            mean = self._mean(network, task, chunks)
-        total = 0.0
-        for chunk in chunks:
-            logits = network.logits(task, self.inputs[task].batch(chunk))
-            losses = self.losses(task, chunk, logits if logits.dtype == torch.float64 else logits.float(), mean)
-            loss = losses.sum() / (len(places) * losses[0].numel())
-            (loss * weight).backward()
-            total += float(loss.detach())
-        return total
+    def backward(self, network: Network, batches: Sequence[Batch]) -> dict[str, float]:
+        """Add the gradient of every batch's mean loss, times its weight, to the weights. This process's part of the losses."""
+        found = dict.fromkeys((batch.task for batch in batches), 0.0)
+        for parts in self._passes(network, batches):
+            outputs = network.joined([(part.batch.task, part.inputs) for part in parts])
+            losses = [self._share(part, logits) for part, logits in zip(parts, outputs, strict=True)]
+            torch.autograd.backward([loss * part.batch.weight for part, loss in zip(parts, losses, strict=True)])
+            for part, loss in zip(parts, losses, strict=True):
+                found[part.batch.task] += float(loss.detach())
+        return found
 
     def losses(self, task: str, places: np.ndarray, logits: Tensor, mean: Tensor | None = None) -> Tensor:
         """Of every input [batch(, tokens)]. `mean`: the mean distribution of the whole batch, where this is a part of it."""
@@ -86,6 +101,40 @@ class Objective:
         """Losses and gradients summed over the processes."""
         shared = summed(torch.tensor(list(losses.values()), dtype=torch.float64)).tolist()
         return dict(zip(losses, shared, strict=True)), summed(slopes)
+
+    def _passes(self, network: Network, batches: Sequence[Batch]) -> Iterator[list[_Part]]:
+        """All parts in their order, as many to a forward pass as may share it and have room."""
+        together: list[_Part] = []
+        for part in self._parts(network, batches):
+            full = sum(len(other.places) for other in [*together, part]) > self._room
+            if together and (full or not network.joins(together[0].inputs, part.inputs)):
+                yield together
+                together = []
+            together.append(part)
+        if together:
+            yield together
+
+    def _parts(self, network: Network, batches: Sequence[Batch]) -> Iterator[_Part]:
+        """This process's share of every batch, in parts that a forward pass has room for."""
+        rank, ranks = world()
+        for batch in batches:
+            chunks = _chunks(batch.places[rank::ranks], self._room)
+            mean = None
+            if self.settings.objective == "information" and (len(chunks) > 1 or ranks > 1):
+                mean = self._mean(network, batch.task, chunks)
+            for places in chunks:
+                yield _Part(batch, places, self.inputs[batch.task].batch(places), mean)
+
+    @property
+    def _room(self) -> int:
+        """Inputs of a forward pass, at most."""
+        return self.settings.micro_batch or max(self.settings.batch, _PASS)
+
+    def _share(self, part: _Part, logits: Tensor) -> Tensor:
+        """What a part adds to the mean loss of its batch."""
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        losses = self.losses(part.batch.task, part.places, wide, part.mean)
+        return losses.sum() / (len(part.batch.places) * losses[0].numel())
 
     def _mean(self, network: Network, task: str, chunks: list[np.ndarray]) -> Tensor:
         """The mean distribution over the whole batch, from a pass without graph: [classes], fp64."""

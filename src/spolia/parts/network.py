@@ -10,7 +10,7 @@ for. Heads are frozen, one a task, and never merged, as the text heads of CLIP i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,31 @@ class Network:
 
     def logits(self, task: str, batch: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits of `task`: its head on the features, or the outputs where no task has a head."""
-        features = self.features(batch, weights)
+        return self._answer(task, self.features(batch, weights))
+
+    def joined(self, parts: Sequence[tuple[str, Any]]) -> list[Tensor]:
+        """Logits of several tasks and batches, from one forward pass. Which batches may share it, `joins` says."""
+        if len(parts) == 1:
+            return [self.logits(*parts[0])]
+        features = self.features(torch.cat([batch for _, batch in parts]))
+        split = features.split([len(batch) for _, batch in parts])
+        return [self._answer(task, part) for (task, _), part in zip(parts, split, strict=True)]
+
+    def joins(self, one: Any, other: Any) -> bool:
+        """Whether two batches may share a pass: float tensors of one shape, and no layer that sees the batch as a whole."""
+        if not (torch.is_tensor(one) and torch.is_tensor(other) and one.is_floating_point()):
+            return False  # words of a text are many to an input, and padded to its own length
+        alike = one.shape[1:] == other.shape[1:] and one.dtype == other.dtype and one.device == other.device
+        return alike and not self._mixes()
+
+    def _mixes(self) -> bool:
+        """Whether a layer normalises by the batch: one in training, or one that keeps no running statistics."""
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        layers = [layer for layer in self.module.modules() if isinstance(layer, _BatchNorm)]
+        return self.module.training or any(layer.training or layer.running_mean is None for layer in layers)
+
+    def _answer(self, task: str, features: Tensor) -> Tensor:
         return self.heads[task](features) if self.heads else features
 
     def loaded(self, weights: Mapping[str, Tensor]) -> nn.Module:

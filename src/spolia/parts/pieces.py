@@ -34,7 +34,7 @@ class Piece:
     """One tensor: its base, where its weights go, and its task vectors, as rows or as factors."""
 
     name: str
-    base: Tensor  # [n], in the arithmetic's type
+    base: Tensor  # [n], in the arithmetic's type; only read, for it may be the given model's own memory
     target: Tensor  # the network's parameter or buffer
     rows: Tensor | None = None  # [experts, n]
     left: Tensor | None = None  # [out, ranks of all experts], scaled
@@ -87,19 +87,18 @@ def held(
     """The task vectors of `tensors`, read once; what the pool's steps survey comes on top. Use inside `pool.opened()`."""
     merge = Merge(pool, tensors, _changes, None, lambda name: MergeSettings(), {}, seed, threads)
     share_one_arena()
-    pieces = [_piece(tensor, targets[tensor.name], merge) for tensor in tensors]
+    written = {target.untyped_storage().data_ptr() for target in targets.values()}
+    pieces = [_piece(tensor, targets[tensor.name], merge, written) for tensor in tensors]
     _allot(pieces, len(pool.experts), storage)
     _fill(pieces, tensors, merge, threads)
     return pieces
 
 
-def _piece(tensor: Aligned, target: Tensor, merge: Merge) -> Piece:
+def _piece(tensor: Aligned, target: Tensor, merge: Merge, written: set[int]) -> Piece:
     """A tensor with its base, and with its factors where every expert is an adapter on this base."""
     stack = merge.stack(tensor, (0, tensor.numel), None)
     assert stack.base is not None
-    base = torch.empty(tensor.numel, dtype=stack.dtype)
-    stack.base.read(0, tensor.numel, base)
-    piece = Piece(tensor.name, base, target)
+    piece = Piece(tensor.name, _base(tensor, stack, merge, written), target)
     adapted = [plane for plane in stack.experts if isinstance(plane, LoraPlane)]
     under = [plane.under if isinstance(plane, LoraPlane) else plane for plane in stack.experts]
     if not merge.pool.steps and all(_same(plane, stack.base) for plane in under) and tensor.numel:
@@ -115,6 +114,25 @@ def _piece(tensor: Aligned, target: Tensor, merge: Merge) -> Piece:
         piece.left, piece.right = (torch.cat(f, d).to(device, stack.dtype) for f, d in ((left, 1), (right, 0)))
         piece.owner = torch.tensor(owner, dtype=torch.int64, device=device)
     return piece
+
+
+def _base(tensor: Aligned, stack: Stack, merge: Merge, written: set[int]) -> Tensor:
+    """The base as it lies in memory, where it does so in the arithmetic's type, apart from what is `written`; or a copy.
+
+    `written`: addresses of the network's storages. A file that is mapped may be cut while coefficients are learned.
+    """
+    plane = stack.base
+    assert plane is not None and tensor.base is not None
+    if (
+        isinstance(plane, TensorPlane)
+        and plane.flat.dtype == stack.dtype
+        and merge.pool.models[tensor.base[0]].weights.checkpoint is None
+        and plane.flat.untyped_storage().data_ptr() not in written
+    ):
+        return plane.flat
+    base = torch.empty(tensor.numel, dtype=stack.dtype)
+    plane.read(0, tensor.numel, base)
+    return base
 
 
 def _same(plane: Plane, base: Plane) -> bool:

@@ -91,7 +91,7 @@ class Case:
 
     def slope(self, factors: Tensor, **settings: Any) -> tuple[dict[str, float], Tensor]:
         """Losses and the gradient [tensors, experts] at factors [tensors, experts], by projection."""
-        chosen = AdaMerging(batch=8, **settings)
+        chosen = AdaMerging(**{"batch": 8, **settings})
         inputs = {task: Examples(x, name=task) for task, x in self.inputs.items()}
         with self.pool.opened():
             made = Combination.of(self.pool, self.network, None, Storage())
@@ -253,6 +253,81 @@ def test_micro_batches_change_nothing() -> None:
     assert whole[0] == pytest.approx(parts[0], rel=1e-12)
 
 
+def counted(case: Case) -> list[int]:
+    """How many inputs each forward pass of the case's network takes from now on."""
+    calls: list[int] = []
+
+    def outputs(module: nn.Module, batch: Any) -> Tensor:
+        x = batch["x"] if isinstance(batch, dict) else batch
+        calls.append(len(x))
+        return module(x if x.is_floating_point() else nn.functional.one_hot(x, 5).to(WIDE))
+
+    case.network = Network(case.network.module, case.network.heads, outputs)
+    return calls
+
+
+def test_tasks_that_share_a_pass_have_the_gradient_of_their_own() -> None:
+    case = Case()  # heads of 3, 4 and 5 classes
+    factors, weights = random_factors(case), {"task_weight": (0.5, 2.0, 1.25), "batches_per_step": 2}
+    calls = counted(case)
+    losses, apart = case.slope(factors, micro_batch=8, **weights)
+    assert calls == [8] * 6
+    for room, wanted in ((16, [16] * 3), (48, [48]), (20, [16] * 3), (3, [3, 3, 2] * 6)):
+        calls.clear()
+        found, together = case.slope(factors, micro_batch=room, **weights)
+        assert calls == wanted
+        torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-14)  # the same terms in another order
+        assert found == pytest.approx(losses, rel=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["normalised_entropy", "information", "expert", "labels"])
+def test_every_objective_is_the_same_in_a_shared_pass(objective: str) -> None:
+    case, found = Case(), []
+    factors, places = random_factors(case), torch.arange(40).numpy()
+    draws = torch.Generator().manual_seed(2)
+    teachers = {t: Teacher(torch.randn(40, 3 + k, dtype=WIDE, generator=draws), places) for k, t in enumerate(TASKS)}
+    labels = torch.randint(0, 3, (40,), generator=draws)
+    inputs = {task: Examples(x, labels, name=task) for task, x in case.inputs.items()}
+    for room in (8, 24):
+        chosen = AdaMerging(batch=8, micro_batch=room, objective=objective)
+        made = Combination.of(case.pool, case.network, None, Storage())
+        made.write(factors)
+        found.append(gradient(made, Objective(inputs, chosen, teachers), chosen, 0, 0))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-12, atol=1e-14)
+
+
+def test_by_default_a_pass_has_room_for_eight_inputs_or_a_batch() -> None:
+    case = Case()
+    factors, calls = random_factors(case), counted(case)
+    case.slope(factors, batch=4)
+    assert calls == [8, 4]
+    calls.clear()
+    case.slope(factors, batch=4, batches_per_step=4)
+    assert calls == [8] * 6
+    calls.clear()
+    case.slope(factors, batch=16)
+    assert calls == [16] * 3
+
+
+def test_what_does_not_fit_together_goes_task_by_task() -> None:
+    def passes(make: Callable[[], nn.Module] = plain, **inputs: Any) -> list[int]:
+        case = Case(make)
+        factors, calls = random_factors(case), counted(case)
+        case.inputs |= inputs
+        case.slope(factors, micro_batch=99)
+        return calls
+
+    x = torch.randn(40, 5, dtype=WIDE)
+    assert passes() == [24]
+    assert passes(b={"x": x}) == [8, 8, 8], "a mapping"
+    assert passes(b=torch.randint(5, (40,))) == [8, 8, 8], "whole numbers, as of a text"
+    assert passes(c=x.view(40, 1, 5).expand(40, 2, 5).sum(1, keepdim=True)) == [16, 8], "another shape"
+    assert passes(lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6))) == [24], "running statistics"
+    batch = lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, track_running_stats=False))  # noqa: E731
+    assert passes(batch) == [8, 8, 8], "the batch's own statistics"
+
+
 @given(a=st.floats(-3, 3), lam=st.floats(0.05, 1))
 def test_one_logit_has_the_textbook_slope(a: float, lam: float) -> None:
     """Logits (z, 0) with z = lam a: dH/dlam = -a z s(z) s(-z), so entropy falls wherever a and z are not 0."""
@@ -381,7 +456,8 @@ def test_no_graph_goes_through_the_models() -> None:
 
         experts = {f"{k}": case.experts["a"] for k in range(count)}
         network = Network(case.network.module, dict.fromkeys(experts, case.network.heads["a"]))
-        chosen, inputs = AdaMerging(batch=8), {task: Examples(case.inputs["a"], name=task) for task in experts}
+        chosen = AdaMerging(batch=8, micro_batch=8)  # tasks one by one
+        inputs = {task: Examples(case.inputs["a"], name=task) for task in experts}
         made = Combination.of(ExpertPool.of(experts, case.base), network, None, Storage())
         made.write(torch.full((len(made.names), count), 0.3, dtype=WIDE))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -430,6 +506,29 @@ def test_nothing_given_is_changed() -> None:
     assert all(torch.equal(base[n], t) for n, t in case.base.items())
     assert flags == [p.requires_grad for p in case.network.module.parameters()]
     assert all(p.grad is None for p in case.network.module.parameters())
+
+
+def test_the_base_is_read_where_it_lies_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    base = dict(case.network.module.named_parameters())  # the given module's own memory
+    before = {name: tensor.detach().clone() for name, tensor in base.items()}
+    pool = ExpertPool.of({task: case.experts[task] for task in TASKS}, base)
+    made = Combination.of(pool, case.network, None, Storage())
+    for piece in made.pieces:
+        assert piece.base.data_ptr() == base[piece.name].data_ptr() != piece.target.data_ptr()
+    adamerging(pool, case.network, case.inputs, AdaMerging(steps=3, lr=0.1, batch=8))
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.items())
+    narrow = ExpertPool.of({"a": case.experts["a"]}, {name: tensor.float() for name, tensor in base.items()})
+    torch.save(before, tmp_path / "base.bin")
+    mapped = ExpertPool.of({"a": case.experts["a"]}, tmp_path / "base.bin")
+    for other in (narrow, mapped):  # another type; a file that could be cut
+        with other.opened():
+            pieces = Combination.of(other, case.network, None, Storage()).pieces
+            planes = {piece.name: other.models[0].weights.plane(piece.name, "base") for piece in pieces}
+        assert all(piece.base.data_ptr() != planes[piece.name].flat.data_ptr() for piece in pieces)
+    monkeypatch.setattr("spolia.parts.combination.copy.deepcopy", lambda module: module)
+    shared = Combination.of(pool, case.network, None, Storage())  # a module that refuses to be copied
+    assert all(piece.base.data_ptr() != piece.target.data_ptr() for piece in shared.pieces)
 
 
 @pytest.mark.parametrize(

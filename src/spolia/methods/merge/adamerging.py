@@ -13,8 +13,8 @@ al., AdaMerging: Adaptive Model Merging for Multi-Task Learning, ICLR 2024, arXi
 | AdaMerging++ | `preprocess: ties`: each tau_k trimmed and freed of signs that were not elected, but kept apart |
 
 dL/dlambda_k^l = <dL/dtheta^l, tau_k^l> exactly, so nothing is differentiated through the models: one merge, a backward pass
-a task with its own graph, one projection. Data touched: inputs of every task without labels (`objective: labels` and
-`guard: accuracy` ask for labels); the paper takes the test inputs, here whoever calls says which.
+a task, or one for several whose inputs are few, one projection. Data touched: inputs of every task without labels
+(`objective: labels` and `guard: accuracy` ask for labels); the paper takes the test inputs, here whoever calls says which.
 
 Departures: one batch a task and step, where the published code sums two (`batches_per_step: 2`); coefficients are clamped
 after the step, where the code's clamp in the graph leaves those outside [0, 1] without gradient (`clamp: graph`); a share
@@ -39,7 +39,7 @@ from spolia.core.settings import LearnedSettings, PerModel, each, setting
 from spolia.errors import SpoliaError
 from spolia.methods.merge.awd import Disentangling
 from spolia.methods.merge.preprocess import Trimming, step_of
-from spolia.parts.adaptation import Objective, check_inputs, consulted, restated
+from spolia.parts.adaptation import Batch, Objective, check_inputs, consulted, restated
 from spolia.parts.combination import Combination, fitted
 from spolia.parts.examples import by_task
 from spolia.parts.expert import ExpertPool
@@ -86,7 +86,9 @@ class AdaMerging(LearnedSettings):
     lr: float | None = setting(None, "learning rate of Adam; by default the preset's", source=_YANG, gt=0)
     batch: int = setting(16, "inputs of a task and batch", source=_YANG, ge=1)
     batches_per_step: int = setting(1, "batches of a task and step, summed", source=f"{_OURS}; published code: 2", ge=1)
-    micro_batch: int | None = setting(None, "inputs of a forward pass; by default the batch", source=_OURS, ge=1)
+    micro_batch: int | None = setting(
+        None, "inputs of a forward pass, which tasks share; by default 8, or the batch if larger", source=_OURS, ge=1
+    )
     tasks_per_step: int | None = setting(None, "tasks drawn for each step; by default all", source=_YANG, ge=1)
     task_weight: PerModel = setting(1.0, "weight of each task's loss", source=_YANG)
     start: PerModel = setting(0.3, "coefficients at the start", source=_YANG)
@@ -277,12 +279,13 @@ def gradient(
     if settings.tasks_per_step is not None and settings.tasks_per_step < len(tasks):
         drawn = generator(seed, "tasks", step).permutation(sorted(tasks))[: settings.tasks_per_step]
         weights = {task: w * len(tasks) / len(drawn) for task, w in weights.items() if task in drawn}
-    losses = dict.fromkeys(weights, 0.0)
-    for task, weight in weights.items():
-        for i in range(settings.batches_per_step):
-            number = step * settings.batches_per_step + i
-            places = objective.inputs[task].drawn(settings.batch, seed, number)
-            losses[task] += objective.backward(combination.network, task, places, weight)
+    numbers = range(step * settings.batches_per_step, (step + 1) * settings.batches_per_step)
+    batches = [
+        Batch(task, objective.inputs[task].drawn(settings.batch, seed, number), weight)
+        for task, weight in weights.items()
+        for number in numbers
+    ]
+    losses = objective.backward(combination.network, batches)
     return objective.everywhere(losses, combination.projected())
 
 
