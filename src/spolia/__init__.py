@@ -21,6 +21,7 @@ _DOORS = {
     "surgery": "spolia.runs.surgery",
     "distill": "spolia.runs.distill",
     "meta": "spolia.runs.meta",
+    "link": "spolia.runs.link",
     "inspect": "spolia.runs.inspection",
     "compare": "spolia.runs.comparison",
     "load_recipe": "spolia.runs.recipe",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from spolia.runs.comparison import compare as compare
     from spolia.runs.distill import distill as distill
     from spolia.runs.inspection import inspect as inspect
+    from spolia.runs.link import link as link
     from spolia.runs.masking import attach as attach
     from spolia.runs.masking import masks as masks
     from spolia.runs.meta import meta as meta

@@ -52,6 +52,7 @@ _SPARSE = _MERGE + "sparsify:sparsified"
 _SURGERY = "spolia.methods.surgery."
 _DISTILL = "spolia.methods.distill."
 _META = "spolia.methods.meta."
+_LINK = "spolia.methods.link."
 
 METHODS: tuple[Method, ...] = (
     Method(
@@ -304,6 +305,26 @@ METHODS: tuple[Method, ...] = (
         "msd", "meta", "adapting on any view of a support gives the same answers", "Cheng et al. 2024, arXiv 2408.04590",
         "a network; labelled training classes; views", "that of its base", _META + "msd:msd", "Msd",
         data="labelled classes",
+    ),
+    Method(
+        "llm_sc", "link", "text through noise, read by what a language model finds likely",
+        "Wang et al. 2024, arXiv 2407.14112", "a causal language model, or n-grams, at the receiver",
+        "B model passes a token", _LINK + "llm_sc:llm_sc", "LLMSC", data="text to send",
+    ),
+    Method(
+        "separate", "link", "the model compresses, a channel code protects, in as many channel uses",
+        "Huang et al. 2025, arXiv 2501.04285", "the same model at both ends, to the last bit",
+        "a model pass a token at each end", _LINK + "separate:separate", "Separate", data="text to send",
+    ),
+    Method(
+        "deepsc", "link", "transmitter and receiver learned together, noise between them",
+        "Xie et al. 2021, arXiv 2006.10685", "training text of the kind that is sent", "its training; a pass a token",
+        _LINK + "deepsc:deepsc", "DeepSC", data="training text",
+    ),
+    Method(
+        "source", "link", "characters by Huffman or at fixed length, and a convolutional code",
+        "Huffman 1952, doi:10.1109/JRPROC.1952.273898", "nothing", "no model", _LINK + "source:source_code", "Source",
+        data="text to count",
     ),
 )  # fmt: skip
 

@@ -9,7 +9,9 @@ from spolia.bench import link as bench
 from spolia.bench.link import (
     BIT,
     CHARACTER,
+    EXACT,
     FRAME,
+    READS,
     SYMBOL,
     TOKEN,
     UNDETECTED,
@@ -76,6 +78,18 @@ def test_a_point_ends_at_enough_errors_and_the_rest_go_on():
     noisy, clear = points
     assert noisy.wrong >= 15 and noisy.frames == 20  # every frame is wrong at -5 dB: two batches
     assert clear.frames == 60 and seen[-1] == [20, 60]
+
+
+def test_exact_frames_are_the_others_and_reads_are_counted():
+    one, wide = (
+        sweep({"x": llm_sc(UniformPrior(256), CODE, QPSK, LLMSC(beam=b))}, draw, [6.0], by(), batches=1)[0]
+        for b in (1, 3)
+    )
+    exact, wrong = one.measure(EXACT), one.measure(FRAME)
+    assert exact.mean == pytest.approx(1 - wrong.mean) and exact.low == pytest.approx(1 - wrong.high)
+    assert one.metrics[:2] == [EXACT, FRAME]
+    # a frame begins with one hypothesis; three live at the other seven places
+    assert one.measure(READS).mean == pytest.approx(1) and wide.measure(READS).mean == pytest.approx(22 / 8)
 
 
 def test_systems_meet_the_same_noise_and_text():

@@ -8,13 +8,16 @@ or after `batches` of them. Noise is scaled, not drawn anew, from point to point
 
 | metric | of |
 |---|---|
-| `frame error` | frames whose text is not exactly right: 1 - exact frames |
+| `exact frames` | frames whose text is exactly right |
+| `frame error` | the others |
 | `token error` | tokens that are not what was sent at their place |
 | `bit error` | bits of the labels of decided tokens, as `code` assigns them, not of demodulated bits |
 | `symbol error` | those bits, by symbols of the constellation |
 | `character error` | edit distance of the texts, over characters sent |
 | `bleu-1` … `bleu-4` | sacrebleu's, in per cent, where it is installed |
 | `undetected` | frames that pass their check and are wrong |
+| `similarity` | whatever was added to a point under that name: a text encoder's cosine of sent and read |
+| `reads` | of the receiver's model, a token of text: hypotheses it reads on for each |
 
 Intervals are 95 %: Wilson's for frames; for the rest by resampling frames, because errors within one go together.
 """
@@ -39,8 +42,8 @@ if TYPE_CHECKING:
     from spolia.parts.link import Decoded, Link
     from spolia.parts.textcode import TextCode
 
-FRAME, TOKEN, BIT, SYMBOL = "frame error", "token error", "bit error", "symbol error"
-CHARACTER, UNDETECTED = "character error", "undetected"
+EXACT, FRAME, TOKEN, BIT, SYMBOL = "exact frames", "frame error", "token error", "bit error", "symbol error"
+CHARACTER, UNDETECTED, SIMILARITY, READS = "character error", "undetected", "similarity", "reads"
 BLEU = tuple(f"bleu-{n}" for n in (1, 2, 3, 4))
 _RESAMPLED = 1000
 
@@ -72,15 +75,17 @@ class Point:
     @property
     def metrics(self) -> list[str]:
         """What can be said of it."""
-        known = [m for m in (FRAME, TOKEN, BIT, SYMBOL, CHARACTER, UNDETECTED) if m in self.counts]
-        return [*known, *(BLEU if "text" in self.counts and _sacrebleu() is not None else ())]
+        first = [EXACT, FRAME] if FRAME in self.counts else []
+        known = [m for m in (TOKEN, BIT, SYMBOL, CHARACTER, UNDETECTED, SIMILARITY, READS) if m in self.counts]
+        return [*first, *known, *(BLEU if "text" in self.counts and has_bleu() else ())]
 
     def measure(self, metric: str) -> Interval:
         """Mean and interval; shares are 0 … 1."""
         if metric not in self.metrics:
             raise SpoliaError(f"`{metric}` was not measured", where="link", mend=f"there is {', '.join(self.metrics)}")
-        if metric in (FRAME, UNDETECTED):
-            share = sum(self.counts[metric]) / self.frames
+        if metric in (EXACT, FRAME, UNDETECTED):
+            wrong = sum(self.counts[FRAME if metric == EXACT else metric])
+            share = (self.frames - wrong if metric == EXACT else wrong) / self.frames
             return Interval(share, *wilson(share, self.frames))
         if metric in BLEU:
             score = _bleu(self.counts["text"], self.counts["sent"], int(metric[-1]))
@@ -182,6 +187,12 @@ def _count(point: Point, decoded: Decoded, own: slice, tokens: Tensor, by: Yards
     found[f"{CHARACTER} of"] = [len(text) for text in sent]
     if decoded.passes is not None:
         found[UNDETECTED] = (decoded.passes[own].cpu() & wrong.cpu()).long().tolist()
+    if "rows read a token" in decoded.cost:  # by all frames that were read together
+        length = tokens.shape[1]
+        found[READS], found[f"{READS} of"] = (
+            [decoded.cost["rows read a token"] * length] * len(best),
+            [length] * len(best),
+        )
     if decoded.log_posterior is not None:
         found["confidence"] = decoded.confidence[own].tolist()
     if by.keep_texts:
@@ -238,6 +249,11 @@ def rows(points: Iterable[Point], baselines: Iterable[str] = ()) -> list[dict[st
 def _bleu(texts: Sequence[str], sent: Sequence[str], order: int) -> float:
     metric = _sacrebleu().BLEU(max_ngram_order=order)
     return float(metric.corpus_score(list(texts), [list(sent)]).score)
+
+
+def has_bleu() -> bool:
+    """Whether sacrebleu is installed."""
+    return _sacrebleu() is not None
 
 
 def _sacrebleu() -> Any:

@@ -77,7 +77,7 @@ class CausalPrior:
         known = self._ids[tokens.to(self.device)].tolist()
         before = self._rows(contexts, length)
         inputs, ends = filled([row + own[:-1] for row, own in zip(before, known, strict=True)], self.device)
-        with torch.no_grad():
+        with torch.inference_mode():
             logits = self.logits(inputs)
         at = (ends - length)[:, None] + torch.arange(length, device=self.device)  # [N, T]
         return self.normalised(logits[torch.arange(len(at), device=self.device)[:, None], at])
@@ -140,8 +140,9 @@ class _Ours:
         return self.log_probs
 
     def _read(self, ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._prior.normalised(self._prior.model(ids, self._cache)[:, -1])
+        with torch.inference_mode():
+            logits = self._prior.model(ids, self._cache)
+        return self._prior.normalised(logits[:, -1])
 
 
 class _Theirs:
@@ -177,8 +178,9 @@ class _Theirs:
             asked["attention_mask"] = self._seen
             if self._prior.takes("position_ids"):
                 asked["position_ids"] = (self._seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with torch.no_grad():
-            return self._prior.normalised(self._prior.logits(ids, **asked)[:, -1])
+        with torch.inference_mode():
+            logits = self._prior.logits(ids, **asked)
+        return self._prior.normalised(logits[:, -1])
 
 
 class _Again:
@@ -198,6 +200,6 @@ class _Again:
         return self.log_probs
 
     def _read(self) -> Tensor:
-        with torch.no_grad():
+        with torch.inference_mode():
             logits = self._prior.logits(self._ids)
         return self._prior.normalised(logits[torch.arange(len(logits), device=logits.device), self._lengths - 1])

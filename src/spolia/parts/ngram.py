@@ -1,4 +1,4 @@
-"""N-gram language model with interpolated Kneser-Ney smoothing, batched; a prior that needs no network.
+"""N-gram language model with interpolated Kneser-Ney smoothing, batched; `NGramPrior` (parts/prior) reads with it.
 
 Kneser and Ney, Improved backing-off for m-gram language modeling, 1995, interpolated as in Chen and Goodman, 1998:
 
@@ -24,8 +24,6 @@ from spolia.errors import SpoliaError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_AT_ONCE = 1 << 22  # probabilities held while scoring
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,43 +102,6 @@ class NGram:
             entries = (starts - first).repeat_interleave(counts) + torch.arange(int(counts.sum()), device=rows.device)
             p[hit.repeat_interleave(counts), level.tokens[entries]] += level.shares[entries]
         return p.log_().float().view(*history.shape[:-1], self.vocab_size)
-
-    # --- as a prior of a decoder: the state is the history [N, k, order - 1] of k hypotheses in N frames
-
-    def start(self, batch: int, context: Tensor | None = None) -> Tensor:
-        """One hypothesis a frame, after `context` [c] or [N, c], or at the start of text."""
-        device = self._unigram.device
-        state = torch.full((batch, self.order - 1), self.vocab_size, device=device)
-        if context is not None:
-            state = torch.cat([state, context.to(device).expand(batch, -1)], dim=1)[:, -(self.order - 1) :]
-        return state[:, : self.order - 1].unsqueeze(1)
-
-    def step(self, state: Tensor) -> Tensor:
-        """ln P of the next token [N, k, V]."""
-        return self.log_probs(state)
-
-    def reorder_append(self, state: Tensor, parent: Tensor, token: Tensor) -> Tensor:
-        """Hypotheses `parent` [N, k'] of the state, each with its `token` [N, k'] after it."""
-        kept = state.gather(1, parent.unsqueeze(-1).expand(-1, -1, state.shape[-1]))
-        return torch.cat([kept, token.unsqueeze(-1)], dim=-1)[..., 1:]
-
-    def score(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
-        """ln P of every token [..., T] given those before it, and `context` [c]."""
-        if not tokens.numel():
-            return torch.zeros(tokens.shape, device=tokens.device)
-        flat = tokens.reshape(-1, tokens.shape[-1])
-        before = self.start(len(flat), context).squeeze(1)
-        whole = torch.cat([before, flat], dim=1)
-        history = whole.unfold(1, self.order, 1)[..., :-1].flatten(0, 1)
-        found, rows = [], max(_AT_ONCE // self.vocab_size, 1)
-        for own, next_ in zip(history.split(rows), flat.reshape(-1, 1).split(rows), strict=True):
-            found.append(self.log_probs(own).gather(1, next_))
-        return torch.cat(found).view(tokens.shape)
-
-    def perplexity(self, sequences: Iterable[Sequence[int] | Tensor]) -> float:
-        """exp of the mean of -ln P over all tokens, each sequence from the start of text."""
-        scores = torch.cat([self.score(torch.as_tensor(own, device=self._unigram.device)) for own in sequences])
-        return float(scores.double().mean().neg().exp())
 
 
 def _windows(sequences: Iterable[Sequence[int] | Tensor], vocabulary: int, order: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Figures as data: checked, described in words, written as CSV. Drawing them is the work of plots.
 
-A figure is one of figures.json: kind lines, points, bars or matrix. `bars` may mark a series with `"baseline": true`.
+A figure is one of figures.json: kind lines, points, bars, matrix, images (see sheets) or texts. `bars` may mark a series
+with `"baseline": true`; `lines` with `"log": true` have a logarithmic scale; `texts` has a text for each of its `rows`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import io
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spolia.reports import words
+from spolia.reports import sheets, words
 from spolia.reports.ledger import AVERAGE, Table
 
 NOT_A_CURVE = frozenset({"time", "phase", "step", "epoch", "seed", "total"})
 MOST_CURVES = 12
 MOST_SERIES = 40
 MOST_GROUPS = 30
+LONGEST_TEXT = 600  # characters
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that can be drawn. For a matrix, `rows` × `columns` name the entries of `values`."""
+    """A figure that can be drawn. `rows` × `columns` name the entries of a matrix, or images; texts are named by `rows`."""
 
-    kind: str  # lines | points | bars | matrix
+    kind: str  # lines | points | bars | matrix | images | texts
     title: str
     caption: str = ""
     x_label: str = ""
@@ -45,6 +47,10 @@ class Figure:
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     values: tuple[tuple[float, ...], ...] = ()
+    shape: tuple[int, ...] = ()
+    pixels: bytes = b""
+    texts: tuple[str, ...] = ()
+    log: bool = False
 
 
 def read_figure(data: Any) -> Figure:
@@ -59,7 +65,9 @@ def read_figure(data: Any) -> Figure:
     figure = Figure(str(kind), title, words.text(data.get("caption"), 2000), words.name(data.get("x_label")), y_label)
     if kind in ("lines", "points"):
         series = tuple(_series(item, "y", with_x=True) for item in _list(data, "series"))
-        return replace(figure, series=_needed(series, "series"))
+        return replace(figure, series=_needed(series, "series"), log=kind == "lines" and bool(data.get("log")))
+    if kind == "texts":
+        return _texts(data, figure)
     if kind == "bars":
         groups = tuple(words.name(group) for group in _list(data, "groups"))
         series = tuple(_series(item, "values", length=len(groups)) for item in _list(data, "series"))
@@ -70,7 +78,20 @@ def read_figure(data: Any) -> Figure:
         if len(values) != len(_needed(rows, "rows")):
             raise ValueError(f"it names {len(rows)} rows and holds {len(values)}")
         return replace(figure, rows=rows, columns=columns, values=values)
-    raise ValueError(f"no figure is of kind `{words.name(kind)}`; known: lines, points, bars, matrix")
+    if kind == "images":
+        rows, columns = (tuple(words.name(v) for v in _list(data, key)) for key in ("rows", "columns"))
+        counts = len(_needed(rows, "rows")), len(_needed(columns, "columns"))
+        shape, pixels = sheets.read_pixels(data, *counts)
+        return replace(figure, rows=rows, columns=columns, shape=shape, pixels=pixels)
+    raise ValueError(f"no figure is of kind `{words.name(kind)}`; known: lines, points, bars, matrix, images, texts")
+
+
+def _texts(data: dict[str, Any], figure: Figure) -> Figure:
+    rows = tuple(words.name(value) for value in _list(data, "rows"))
+    texts = tuple(words.name(value, LONGEST_TEXT) for value in _list(data, "texts"))
+    if len(texts) != len(_needed(rows, "rows")):
+        raise ValueError(f"it names {len(rows)} rows and holds {len(texts)} texts")
+    return replace(figure, rows=rows, texts=texts)
 
 
 def _needed(items: tuple, what: str) -> tuple:
@@ -144,7 +165,7 @@ def learning_curves(metrics: list[dict[str, Any]]) -> list[Figure]:
 
 def drawable(figure: Figure) -> tuple[Figure, str]:
     """The part of a figure that a page can hold, and a sentence on what is not drawn (empty where all is)."""
-    if figure.kind == "matrix":
+    if figure.kind in ("matrix", "images", "texts"):
         return figure, ""
     series, groups = figure.series[:MOST_SERIES], figure.groups[:MOST_GROUPS]
     cut = replace(figure, groups=groups, series=series)
@@ -165,6 +186,14 @@ def to_csv(figure: Figure) -> str:
         for row, values in zip(figure.rows, figure.values, strict=True):
             writer.writerows([row, column, value] for column, value in zip(figure.columns, values, strict=True))
         return out.getvalue()
+    if figure.kind == "texts":
+        writer.writerow(["row", "text"])
+        writer.writerows(zip(figure.rows, figure.texts, strict=True))
+        return out.getvalue()
+    if figure.kind == "images":
+        writer.writerow(["row", "column", "mean", "deviation"])
+        writer.writerows(sheets.sheet_lines(figure))
+        return out.getvalue()
     writer.writerow(["series", "group" if figure.kind == "bars" else "x", "value", "low", "high"])
     for series in figure.series:
         places = figure.groups if figure.kind == "bars" else series.x
@@ -180,6 +209,10 @@ def describe(figure: Figure) -> str:
         values = [v for row in figure.values for v in row if words.finite(v)]
         span = f" Values run from {min(values):.4g} to {max(values):.4g}." if values else ""
         return f"Matrix of {_some(figure.rows, 'rows')} by {_some(figure.columns, 'columns')}.{span}"
+    if figure.kind == "texts":
+        return " ".join(f"{row}: {text}." for row, text in zip(figure.rows[:4], figure.texts, strict=False))
+    if figure.kind == "images":
+        return f"{len(figure.columns)} images each of {_some(figure.rows, 'rows')}."
     names = _some(tuple(s.name for s in figure.series), "series")
     if figure.kind == "points":
         counts = "; ".join(f"{s.name}: {len(s.y)}" for s in figure.series[:8])

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 from spolia.reports import words
 from spolia.reports.figures import Figure, Series, describe
+from spolia.reports.plot_texts import draw_texts
+from spolia.reports.sheets import draw_sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +56,8 @@ def draw(figure: Figure, name: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
-    drawers = {"lines": _lines, "points": _points, "bars": _bars, "matrix": _matrix}
+    drawers = {"lines": _lines, "points": _points, "bars": _bars, "matrix": _matrix, "texts": draw_texts}
+    drawers["images"] = draw_sheet
     out = io.StringIO()
     # Names in other scripts are no cause for alarm: the reader's own font draws them, only the layout is a guess.
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -67,8 +70,10 @@ def draw(figure: Figure, name: str) -> str:
 
 def is_wide(figure: Figure) -> bool:
     """Whether the figure needs the page's whole width, or stands beside another."""
-    if figure.kind == "matrix":
+    if figure.kind in ("matrix", "images"):
         return len(figure.columns) > 6
+    if figure.kind == "texts":
+        return True
     return len(figure.series) > (4 if figure.kind == "bars" else 8) or len(figure.groups) > 6
 
 
@@ -154,6 +159,10 @@ def _lines(canvas: Canvas, figure: Figure) -> None:
         handles += axes.plot(x, pick(series.y), color=colour, markersize=3.6, markevery=every, **style)
         if series.low and series.high:
             axes.fill_between(x, pick(series.low), pick(series.high), color=colour, alpha=0.16, linewidth=0)
+    if figure.log and any(value > 0 for series in figure.series for value in series.y):
+        axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # its own labels are formulas
+        axes.yaxis.set_minor_formatter("")
     _frame(axes, "both")
     axes.margins(x=0.015)
     axes.set_xlabel(_short(figure.x_label, 60))

@@ -64,6 +64,17 @@ def test_its_posterior_is_its_own_probability_of_the_text():
     assert torch.equal(log_p.argmax(-1), found.best)
 
 
+def test_frames_of_several_lengths_are_all_learned_from():
+    settings, tokens = DeepSC(**TINY, steps=4, batch=2), text(20)
+    whole = deepsc(tokens, V, Channel(), settings).network.state_dict()
+    alone = deepsc([tokens], V, Channel(), settings).network.state_dict()
+    mixed = deepsc([tokens, tokens[:, :3]], V, Channel(), settings).network.state_dict()
+    assert all(torch.equal(t, alone[name]) for name, t in whole.items())
+    assert any(not torch.equal(t, mixed[name]) for name, t in whole.items())
+    with pytest.raises(SpoliaError, match="there are no frames"):
+        deepsc([], V, Channel(), settings)
+
+
 @pytest.mark.slow
 def test_training_makes_text_arrive():
     """Two seeds; a link never trained guesses one of eight tokens. Also through Rayleigh fading."""

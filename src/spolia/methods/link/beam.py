@@ -62,52 +62,87 @@ def beam(heard: Heard, length: int, prior: Prior, contexts: Contexts, alpha: flo
     reading = prior.start(contexts, length)
     log_p = reading.log_probs  # [rows, V]
     frames, device = len(contexts), log_p.device
-    owner = torch.arange(frames, device=device)  # the frame of each row; rows of a frame stand together, best first
-    score = torch.zeros(frames, device=device)
+    rows, count = _Rows.even(frames, 1, device), frames
+    score, log_kept = torch.zeros(frames, device=device), torch.zeros(frames, device=device)
     tokens = torch.empty(frames, 0, dtype=torch.long, device=device)
-    log_kept, rows = torch.zeros(frames, device=device), frames
     best, live = score[:, None], torch.ones(frames, 1, dtype=torch.bool, device=device)
     for t in range(length):
-        best, parents, chosen, weight = _continued(log_p, heard(t).to(device), score, owner, frames, alpha, width)
+        best, parents, chosen, weight = _continued(log_p, heard(t).to(device), score, rows, alpha, width)
         live = (best >= best[:, :1] - width.threshold) & (best > -math.inf)  # [N, k]
-        if not bool(live[:, 0].all()):
-            raise SpoliaError(f"no token is possible at place {t}", where="prior", mend="one that is nowhere zero")
-        log_kept += best.masked_fill(~live, -math.inf).logsumexp(1) - weight
-        owner = owner[parents[live]]
-        score, tokens = best[live], torch.cat([tokens[parents[live]], chosen[live][:, None]], dim=1)
+        if bool(live.all()):
+            kept, parents, chosen, score = best, parents.flatten(), chosen.flatten(), best.flatten()
+            rows = rows if rows.each == best.shape[1] else _Rows.even(frames, best.shape[1], device)
+        else:
+            if not bool(live[:, 0].all()):
+                raise SpoliaError(f"no token is possible at place {t}", where="prior", mend="one that is nowhere zero")
+            kept, parents, chosen, score = best.masked_fill(~live, -math.inf), parents[live], chosen[live], best[live]
+            rows = _Rows.of(rows.owner[parents], frames)
+        log_kept += kept.logsumexp(1) - weight
+        tokens = torch.cat([tokens[parents], chosen[:, None]], dim=1)
         if t + 1 < length:
-            log_p = reading.step(parents[live], chosen[live])
-            rows += len(owner)
-    kept = torch.where(live, best, -math.inf)
-    table = tokens.new_zeros(*kept.shape, length)
+            log_p = reading.step(parents, chosen)
+            count += len(chosen)
+    table = tokens.new_zeros(*best.shape, length)
     table[live] = tokens
     table = torch.where(live[:, :, None], table, table[:, :1])
-    return Found(table, kept, log_kept.clamp(max=0.0), rows, length)
+    return Found(table, torch.where(live, best, -math.inf), log_kept.clamp(max=0.0), count, length)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Which frame a row is of: rows of a frame stand together, best first."""
+
+    owner: Tensor
+    first: Tensor
+    """Row at which each frame begins [N]."""
+    slot: Tensor
+    """Place of a row in its frame."""
+    each: int | None
+    """Rows of every frame; None where they differ."""
+
+    @classmethod
+    def even(cls, frames: int, each: int, device: torch.device) -> _Rows:
+        every = torch.arange(frames * each, device=device)
+        return cls(every // each, every[::each], every % each, each)
+
+    @classmethod
+    def of(cls, owner: Tensor, frames: int) -> _Rows:
+        first = torch.searchsorted(owner, torch.arange(frames, device=owner.device))
+        return cls(owner, first, torch.arange(len(owner), device=owner.device) - first[owner], None)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """What is known of frames [N, C], for every row [rows, C]."""
+        return values.expand(len(self.owner), -1) if len(values) == 1 else values[self.owner]
+
+    def table(self, values: Tensor) -> Tensor:
+        """Values of rows [rows, C] by frame [N, k C], -inf where there is no row."""
+        if self.each is not None:
+            return values.view(len(self.first), -1)
+        found = values.new_full((len(self.first), int(self.slot.max()) + 1, values.shape[1]), -math.inf)
+        found[self.owner, self.slot] = values
+        return found.flatten(1)
 
 
 def _continued(
-    log_p: Tensor, heard: Tensor, score: Tensor, owner: Tensor, frames: int, alpha: float, width: Width
+    log_p: Tensor, heard: Tensor, score: Tensor, rows: _Rows, alpha: float, width: Width
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best continuations of every frame, in order [N, k]: score, row, token; and the log-weight of the candidates."""
-    count = heard.shape[1]
-    first = torch.searchsorted(owner, torch.arange(frames, device=owner.device))  # row at which a frame begins
-    slot = torch.arange(len(owner), device=owner.device) - first[owner]
-    if count <= 2 * max(width.near, width.most):
-        return _chosen(*_all(log_p, heard[owner], score, alpha, width), owner, slot, first, width)
     columns = max(width.near, width.most, _WEIGHED)
+    if heard.shape[1] <= 2 * columns:
+        return _chosen(*_all(log_p, rows.spread(heard), score, alpha, width), rows, width)
     near, tokens = heard.topk(columns + 1)  # [N, columns + 1], best first
-    at = tokens[:, :-1][owner]  # [rows, columns]
-    values = alpha * log_p.gather(1, at) + near[:, :-1][owner] + score[:, None]
-    found = _chosen(values, at, owner, slot, first, width)
+    at = rows.spread(tokens[:, :-1])  # [rows, columns]
+    values = torch.add(rows.spread(near[:, :-1]), log_p.gather(1, at), alpha=alpha).add_(score[:, None])
+    found = _chosen(values, at, rows, width)
     # of tokens not looked at: ln P <= 0, and a frame's best hypothesis stands first
-    unsure = near[:, -1] + score[first] >= found[0][:, -1]
+    unsure = near[:, -1] + score[rows.first] >= found[0][:, -1]
     if not bool(unsure.any()):
         return found
-    own = unsure[owner].nonzero()[:, 0]
-    every, which = _all(log_p[own], heard[owner[own]], score[own], alpha, width)
-    values[own] = -math.inf
+    own = unsure[rows.owner].nonzero()[:, 0]
+    every, which = _all(log_p[own], heard[rows.owner[own]], score[own], alpha, width)
+    values[own], at = -math.inf, at.clone()
     values[own, : every.shape[1]], at[own, : every.shape[1]] = every, which
-    return _chosen(values, at, owner, slot, first, width)
+    return _chosen(values, at, rows, width)
 
 
 def _all(log_p: Tensor, heard: Tensor, score: Tensor, alpha: float, width: Width) -> tuple[Tensor, Tensor]:
@@ -116,17 +151,13 @@ def _all(log_p: Tensor, heard: Tensor, score: Tensor, alpha: float, width: Width
     return values.topk(min(max(width.most, _WEIGHED), values.shape[1]))
 
 
-def _chosen(
-    values: Tensor, tokens: Tensor, owner: Tensor, slot: Tensor, first: Tensor, width: Width
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _chosen(values: Tensor, tokens: Tensor, rows: _Rows, width: Width) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of candidates [rows, C] the best of every frame."""
-    frames, columns = len(first), values.shape[1]
-    table = values.new_full((frames, int(slot.max()) + 1, columns), -math.inf)
-    table[owner, slot] = values
-    flat = table.flatten(1)
+    flat, columns = rows.table(values), values.shape[1]
     best, at = flat.topk(min(width.most, flat.shape[1]))
-    row = first[:, None] + at.div(columns, rounding_mode="floor")
-    row = row.clamp(max=len(owner) - 1)  # of places that no row fills: their score is -inf
+    row = rows.first[:, None] + at.div(columns, rounding_mode="floor")
+    if rows.each is None:
+        row = row.clamp(max=len(values) - 1)  # of places that no row fills: their score is -inf
     return best, row, tokens[row, at % columns], flat.logsumexp(1)
 
 

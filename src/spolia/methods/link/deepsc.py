@@ -21,6 +21,7 @@ there counts in the loss, here frames have one length. The receiver is told that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -86,27 +87,28 @@ class DeepSCLink:
 
 
 def deepsc(
-    frames: Tensor,
+    frames: Tensor | Sequence[Tensor],
     vocabulary: int,
     channel: Channel,
     settings: DeepSC | None = None,
     journal: Journal | None = None,
     seed: int = 0,
 ) -> DeepSCLink:
-    """Train both ends on frames of tokens [n, T] over `channel`."""
+    """Train both ends on frames of tokens [n, T] over `channel`; of several lengths T, each in a tensor of its own."""
     from spolia.parts.transceiver import Transceiver
 
     s = settings or DeepSC()
-    _check(frames, vocabulary, s)
+    groups = [frames] if isinstance(frames, torch.Tensor) else list(frames)
+    _check(groups, vocabulary, s)
     shape = {"width": s.width, "depth": s.depth, "heads": s.heads, "inner": s.inner, "dropout": s.dropout}
     start = torch.Generator().manual_seed(entropy(seed, "deepsc") % (1 << 63))
-    network = Transceiver(vocabulary, s.uses, generator=start, **shape).to(frames.device)
+    network = Transceiver(vocabulary, s.uses, generator=start, **shape).to(groups[0].device)
     journal = journal or Journal()
     adam = torch.optim.Adam(network.parameters(), s.lr, (0.9, 0.98), weight_decay=s.weight_decay)
     network.train()
     with journal.phase("deepsc"):
         for step in journal.steps(s.steps, keep={"network": network, "adam": adam}):
-            loss = _loss(network, frames, channel, s, generator(seed, "deepsc", step), entropy(seed, "dropout", step))
+            loss = _loss(network, groups, channel, s, generator(seed, "deepsc", step), entropy(seed, "dropout", step))
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -116,9 +118,13 @@ def deepsc(
 
 
 def _loss(
-    network: Transceiver, frames: Tensor, channel: Channel, s: DeepSC, rng: np.random.Generator, dropout: int
+    network: Transceiver, groups: list[Tensor], channel: Channel, s: DeepSC, rng: np.random.Generator, dropout: int
 ) -> Tensor:
-    """Cross-entropy of a batch, every frame at noise of its own."""
+    """Cross-entropy of a batch of one length, every frame at noise of its own; lengths come as often as their frames."""
+    frames = groups[0]
+    if len(groups) > 1:
+        sizes = np.array([len(group) for group in groups])
+        frames = groups[int(rng.choice(len(groups), p=sizes / sizes.sum()))]
     own = frames[torch.from_numpy(rng.integers(0, len(frames), s.batch)).to(frames.device)]
     low, high = (to_esn0(db, s.convention) for db in s.snr)
     n0 = n0_of(torch.from_numpy(rng.uniform(low, high, (s.batch, 1))).float().to(frames.device))
@@ -138,12 +144,16 @@ def _equalised(received: Received) -> Tensor:
     return received.gain.conj() * received.y / (power + received.n0)
 
 
-def _check(frames: Tensor, vocabulary: int, s: DeepSC) -> None:
-    if frames.dim() != 2 or frames.is_floating_point() or not frames.numel():
-        raise SpoliaError(f"frames are {list(frames.shape)}", where="deepsc", mend="give token ids [frames, length]")
-    if int(frames.max()) >= vocabulary:
-        what = f"token {int(frames.max())} of {vocabulary}"
-        raise SpoliaError(what, where="deepsc", mend="tokens are counted from 0")
+def _check(groups: list[Tensor], vocabulary: int, s: DeepSC) -> None:
+    if not groups:
+        raise SpoliaError("there are no frames", where="deepsc", mend="give token ids [frames, length]")
+    for frames in groups:
+        if frames.dim() != 2 or frames.is_floating_point() or not frames.numel():
+            what = f"frames are {list(frames.shape)}"
+            raise SpoliaError(what, where="deepsc", mend="give token ids [frames, length]")
+        if int(frames.max()) >= vocabulary:
+            what = f"token {int(frames.max())} of {vocabulary}"
+            raise SpoliaError(what, where="deepsc", mend="tokens are counted from 0")
     if s.width % s.heads:
         what = f"a width of {s.width} does not part into {s.heads} heads"
         raise SpoliaError(what, where="method.heads", mend="choose a number that divides the width")

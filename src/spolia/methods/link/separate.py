@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from spolia.parts.textcode_tokens import Tokenizer
 
 _OURS = "our choice"
-_HEADER = 16  # bits on the air; says one of 32 lengths
+HEADER = 16  # bits on the air; says one of 32 lengths
 _HIGHEST = 0.95  # rate of a channel code
 
 
@@ -151,9 +151,9 @@ class SeparateLink:
                 payloads.setdefault(steps, []).append((i, padded))
         for steps, group in payloads.items():
             at = [i for i, _ in group]
-            frames[at, :_HEADER] = _words()[steps]
+            frames[at, :HEADER] = _words()[steps]
             coded = self._code(steps * step, room).encode(torch.stack([bits for _, bits in group]))
-            frames[at, _HEADER:] = coded[:, _matched(coded.shape[1], room)]
+            frames[at, HEADER:] = coded[:, _matched(coded.shape[1], room)]
         return modulate(frames.to(tokens.device), self.constellation)
 
     def receive(self, received: Received, length: int, contexts: Contexts | None = None) -> Decoded:
@@ -162,7 +162,7 @@ class SeparateLink:
         llrs = received.llrs(self.constellation).float().cpu()[:, :total]
         contexts = [()] * len(llrs) if contexts is None else contexts
         room, step = _room(total)
-        lengths = (llrs[:, :_HEADER] @ (1 - 2 * _words().float()).t()).argmax(1)
+        lengths = (llrs[:, :HEADER] @ (1 - 2 * _words().float()).t()).argmax(1)
         found: list[list[int] | str | None] = [None] * len(llrs)
         passes = torch.zeros(len(llrs), dtype=torch.bool)
         for steps in lengths.unique().tolist():
@@ -171,7 +171,7 @@ class SeparateLink:
             at = (lengths == steps).nonzero()[:, 0]
             code = self._code(steps * step, room)
             heard = torch.zeros(len(at), code.n)
-            heard.index_add_(1, _matched(code.n, room), llrs[at, _HEADER:])
+            heard.index_add_(1, _matched(code.n, room), llrs[at, HEADER:])
             for i, bits in zip(at.tolist(), code.decode(heard), strict=True):
                 found[i], passes[i] = self._opened(bits, length, contexts[i])
         tokens = torch.zeros(len(llrs), 1, length, dtype=torch.long)
@@ -183,7 +183,8 @@ class SeparateLink:
                 tokens[i, 0] = torch.tensor(content or [0] * length)
         device = received.y.device
         scores = torch.zeros(len(llrs), 1, device=device)
-        return Decoded(tokens.to(device), scores, None, passes.to(device), texts=texts)
+        cost = {"rows read a token": 1.0} if isinstance(self.receiver, LMCompressor) else {}  # and the sender's as many
+        return Decoded(tokens.to(device), scores, None, passes.to(device), texts=texts, cost=cost)
 
     def _opened(self, bits: Tensor, length: int, context: Sequence[int]) -> tuple[list[int] | str, bool]:
         """What a payload holds, and whether the check agrees."""
@@ -229,10 +230,10 @@ def _table(reading: Reading) -> np.ndarray:
 
 def _room(total: int) -> tuple[int, int]:
     """Bits on the air that the header leaves, and the step of lengths, so that 31 of them fill what is left."""
-    if total < 2 * _HEADER:
-        mend = f"at least {2 * _HEADER}; longer frames, or more bits a token"
+    if total < 2 * HEADER:
+        mend = f"at least {2 * HEADER}; longer frames, or more bits a token"
         raise SpoliaError(f"a frame has {total} bits on the air", where="separate", mend=mend)
-    room = total - _HEADER
+    room = total - HEADER
     return room, -(-room // (len(_words()) - 1))
 
 

@@ -9,8 +9,8 @@ For comparison with LLM-SC at equal channel uses: what comes out goes through a 
 | `six_bit` | 6 a character | the 64 characters of ASCII from space to _ (DEC SIXBIT); as above |
 | `huffman` | whole, by the frequency of characters in given texts | every text; rare characters behind an escape |
 
-Huffman, A method for the construction of minimum-redundancy codes, 1952, in canonical form: lengths alone fix the code. Its
-mean length on what it was made from lies in [H, H + 1), H the entropy in bits.
+Huffman, A method for the construction of minimum-redundancy codes, 1952, doi:10.1109/JRPROC.1952.273898, in canonical form:
+lengths alone fix the code. Its mean length on what it was made from lies in [H, H + 1), H the entropy in bits.
 
 Decoders never fail: bits left over at the end are dropped, what is no character becomes U+FFFD. A wrong bit costs one
 character in the codes of fixed length; in Huffman's the boundaries move, until they happen to fall in again.
