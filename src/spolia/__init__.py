@@ -21,6 +21,7 @@ _DOORS = {
     "surgery": "spolia.runs.surgery",
     "distill": "spolia.runs.distill",
     "meta": "spolia.runs.meta",
+    "datafree": "spolia.runs.datafree",
     "link": "spolia.runs.link",
     "inspect": "spolia.runs.inspection",
     "compare": "spolia.runs.comparison",
@@ -37,6 +38,9 @@ _DOORS = {
     "Learned": "spolia.parts.learned",
     "recipe_of": "spolia.runs.coefficients",
     "ClassSet": "spolia.parts.classes",
+    "White": "spolia.parts.white",
+    "WhitePool": "spolia.parts.white",
+    "classifiers": "spolia.runs.classifiers",
     "EpisodeSampler": "spolia.parts.episode",
     "Inner": "spolia.core.inner",
 }
@@ -54,9 +58,13 @@ if TYPE_CHECKING:
     from spolia.parts.learned import Learned as Learned
     from spolia.parts.network import Network as Network
     from spolia.parts.taskvector import TaskVector as TaskVector
+    from spolia.parts.white import White as White
+    from spolia.parts.white import WhitePool as WhitePool
     from spolia.runs.adapters import merge_adapters as merge_adapters
+    from spolia.runs.classifiers import classifiers as classifiers
     from spolia.runs.coefficients import recipe_of as recipe_of
     from spolia.runs.comparison import compare as compare
+    from spolia.runs.datafree import datafree as datafree
     from spolia.runs.distill import distill as distill
     from spolia.runs.inspection import inspect as inspect
     from spolia.runs.link import link as link

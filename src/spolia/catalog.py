@@ -53,6 +53,7 @@ _SURGERY = "spolia.methods.surgery."
 _DISTILL = "spolia.methods.distill."
 _META = "spolia.methods.meta."
 _LINK = "spolia.methods.link."
+_DATAFREE = "spolia.methods.datafree."
 
 METHODS: tuple[Method, ...] = (
     Method(
@@ -325,6 +326,21 @@ METHODS: tuple[Method, ...] = (
         "source", "link", "characters by Huffman or at fixed length, and a convolutional code",
         "Huffman 1952, doi:10.1109/JRPROC.1952.273898", "nothing", "no model", _LINK + "source:source_code", "Source",
         data="text to count",
+    ),
+    Method(
+        "free", "datafree", "one generator adapts to each classifier in five steps; a learner whose lessons agree",
+        "Wei et al. 2024, arXiv 2405.00984", "a pool of white-box classifiers", "5 passes of a generator a visit",
+        _DATAFREE + "free:free", "Free",
+    ),
+    Method(
+        "groupings", "datafree", "train on groups of unlike models, penalise what their gradients disagree on",
+        "Wei et al. 2024, arXiv 2405.16560", "a pool of white-box classifiers; nothing else",
+        "5 passes of a generator a visit, 2 gradients a model", _DATAFREE + "groupings:groupings", "Groupings",
+    ),
+    Method(
+        "robust", "datafree", "a memory of pseudo-tasks, tasks between tasks, and models that must earn trust",
+        "Hu et al. 2023, arXiv 2311.14756", "a pool of white-box classifiers, some of which may lie",
+        "5 passes of a generator a visit", _DATAFREE + "robust:robust", "Robust",
     ),
 )  # fmt: skip
 

@@ -115,6 +115,7 @@ def test_channels_have_names():
     assert ProseLink.model_validate(ProseLink(channel="erasures").model_dump(mode="json")).channel.erasure == 0.05
 
 
+@pytest.mark.slow
 def test_ends_are_the_same_when_they_are_read_again(tmp_path):
     problem = ProseLink(vocabulary=300, sentences=6, labels="aware", order=2, context=4)
     one, again, other = (
@@ -152,6 +153,7 @@ def test_a_door_sends_and_reads():
         spolia.link("nowhere")
 
 
+@pytest.mark.slow
 def test_a_figure_of_texts_and_one_of_a_logarithmic_scale():
     texts = {"kind": "texts", "title": "t", "rows": ["sent", "a: wrong"], "texts": ["one <two>", "x " * 400]}
     figure = figures.read_figure(texts)

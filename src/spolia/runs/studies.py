@@ -24,6 +24,7 @@ from spolia.runs.yamlmarks import Marked
 STUDIES: dict[str, str] = {
     "distill": "spolia.runs.distill_study",
     "meta": "spolia.runs.meta_study",
+    "datafree": "spolia.runs.datafree_study",
     "link": "spolia.runs.link_study",
 }
 
