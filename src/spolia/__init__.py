@@ -23,6 +23,9 @@ _DOORS = {
     "meta": "spolia.runs.meta",
     "datafree": "spolia.runs.datafree",
     "link": "spolia.runs.link",
+    "continual": "spolia.runs.continual",
+    "save_prompts": "spolia.runs.prompted",
+    "attach_prompts": "spolia.runs.prompted",
     "inspect": "spolia.runs.inspection",
     "compare": "spolia.runs.comparison",
     "load_recipe": "spolia.runs.recipe",
@@ -43,12 +46,14 @@ _DOORS = {
     "classifiers": "spolia.runs.classifiers",
     "EpisodeSampler": "spolia.parts.episode",
     "Inner": "spolia.core.inner",
+    "Api": "spolia.parts.api",
 }
 
 if TYPE_CHECKING:
     from spolia.core.inner import Inner as Inner
     from spolia.core.journal import Journal as Journal
     from spolia.errors import SpoliaError as SpoliaError
+    from spolia.parts.api import Api as Api
     from spolia.parts.bottleneck import Adapters as Adapters
     from spolia.parts.classes import ClassSet as ClassSet
     from spolia.parts.episode import EpisodeSampler as EpisodeSampler
@@ -64,6 +69,7 @@ if TYPE_CHECKING:
     from spolia.runs.classifiers import classifiers as classifiers
     from spolia.runs.coefficients import recipe_of as recipe_of
     from spolia.runs.comparison import compare as compare
+    from spolia.runs.continual import continual as continual
     from spolia.runs.datafree import datafree as datafree
     from spolia.runs.distill import distill as distill
     from spolia.runs.inspection import inspect as inspect
@@ -71,6 +77,8 @@ if TYPE_CHECKING:
     from spolia.runs.masking import attach as attach
     from spolia.runs.masking import masks as masks
     from spolia.runs.meta import meta as meta
+    from spolia.runs.prompted import attach_prompts as attach_prompts
+    from spolia.runs.prompted import save_prompts as save_prompts
     from spolia.runs.recipe import Recipe as Recipe
     from spolia.runs.recipe import load_recipe as load_recipe
     from spolia.runs.surgery import surgery as surgery

@@ -53,6 +53,7 @@ _SURGERY = "spolia.methods.surgery."
 _DISTILL = "spolia.methods.distill."
 _META = "spolia.methods.meta."
 _LINK = "spolia.methods.link."
+_CONTINUAL = "spolia.methods.continual."
 _DATAFREE = "spolia.methods.datafree."
 
 METHODS: tuple[Method, ...] = (
@@ -306,6 +307,123 @@ METHODS: tuple[Method, ...] = (
         "msd", "meta", "adapting on any view of a support gives the same answers", "Cheng et al. 2024, arXiv 2408.04590",
         "a network; labelled training classes; views", "that of its base", _META + "msd:msd", "Msd",
         data="labelled classes",
+    ),
+    Method(
+        "finetune", "continual", "train on what is there; the lower bound",
+        "McCloskey & Cohen 1989, doi:10.1016/S0079-7421(08)60536-8", "a network; a stream with labels", "1 pass a step",
+        _CONTINUAL + "finetune:FinetuneLearner", "Finetune", data="a stream with labels",
+    ),
+    Method(
+        "joint", "continual", "train on all that has come so far; the upper bound",
+        "Caruana 1997, doi:10.1023/A:1007379606734", "a network; the whole stream", "1 pass a step and task so far",
+        _CONTINUAL + "joint:JointLearner", "Joint", data="the whole stream",
+    ),
+    Method(
+        "er", "continual", "every step also learns from remembered samples", "Chaudhry et al. 2019, arXiv 1902.10486",
+        "a network; a stream with labels; a memory", "a pass of the batch and of a replay batch",
+        _CONTINUAL + "er:ErLearner", "Er", data="a stream with labels",
+    ),
+    Method(
+        "er_ace", "continual", "as er, with new samples that do not compete with old classes",
+        "Caccia et al. 2022, arXiv 2104.05025", "a network; a stream with labels; a memory", "that of er",
+        _CONTINUAL + "er_ace:ErAceLearner", "ErAce", data="a stream with labels",
+    ),
+    Method(
+        "der", "continual", "remembered samples have to give the logits they once gave",
+        "Buzzega et al. 2020, arXiv 2004.07211", "a network; a stream with labels; a memory", "that of er",
+        _CONTINUAL + "der:DerLearner", "Der", data="a stream with labels",
+    ),
+    Method(
+        "derpp", "continual", "as der, and the labels of a second draw", "Buzzega et al. 2020, arXiv 2004.07211",
+        "a network; a stream with labels; a memory", "a pass of the batch and of two replay batches",
+        _CONTINUAL + "derpp:DerPpLearner", "DerPp", data="a stream with labels",
+    ),
+    Method(
+        "agem", "continual", "no step against the gradient of remembered samples",
+        "Chaudhry et al. 2019, arXiv 1812.00420", "a network; a stream with labels; a memory",
+        "a pass of the batch and of a reference", _CONTINUAL + "agem:AGemLearner", "AGem", data="a stream with labels",
+    ),
+    Method(
+        "ewc", "continual", "weights that old predictions hang on stay where they were",
+        "Kirkpatrick et al. 2017, arXiv 1612.00796", "a network; a stream with labels",
+        "1 pass a step, 1,024 inputs a task", _CONTINUAL + "ewc:EwcLearner", "Ewc", data="a stream with labels",
+    ),
+    Method(
+        "si", "continual", "a weight is held by what its way did for the loss", "Zenke et al. 2017, arXiv 1703.04200",
+        "a network; a stream with labels", "1 pass a step", _CONTINUAL + "si:SiLearner", "Si",
+        data="a stream with labels",
+    ),
+    Method(
+        "mas", "continual", "a weight is held by how much the outputs' length hangs on it",
+        "Aljundi et al. 2018, arXiv 1711.09601", "a network; a stream with labels", "1 pass a step, 1,024 inputs a task",
+        _CONTINUAL + "mas:MasLearner", "Mas", data="a stream with labels",
+    ),
+    Method(
+        "lwf", "continual", "on new inputs the old classes' outputs stay", "Li & Hoiem 2016, arXiv 1606.09282",
+        "a network; a stream with labels", "1 pass a step and one of the old network",
+        _CONTINUAL + "lwf:LwfLearner", "Lwf", data="a stream with labels",
+    ),
+    Method(
+        "icarl", "continual", "exemplars by herding, distilled outputs, the nearest class mean",
+        "Rebuffi et al. 2017, arXiv 1611.07725", "a network with features; a stream with labels; a memory",
+        "that of er, and of the old network", _CONTINUAL + "icarl:ICarlLearner", "ICarl", data="a stream with labels",
+    ),
+    Method(
+        "gdumb", "continual", "collect a balanced memory, fit a new network on it alone",
+        "Prabhu et al. 2020, doi:10.1007/978-3-030-58536-5_31", "a network; a stream with labels; a memory",
+        "256 passes over the memory a task", _CONTINUAL + "gdumb:GDumbLearner", "GDumb", data="a stream with labels",
+    ),
+    Method(
+        "vcl", "continual", "a Gaussian over each weight, held near the last one", "Nguyen et al. 2018, arXiv 1710.10628",
+        "a network; a stream with labels", "1 pass a step; 10 an answer", _CONTINUAL + "vcl:VclLearner", "Vcl",
+        data="a stream with labels",
+    ),
+    Method(
+        "cpr", "continual", "predictions kept wide, around any learner", "Cha et al. 2021, arXiv 2006.07326",
+        "a network; a stream with labels", "that of its host", _CONTINUAL + "cpr:CprLearner", "Cpr",
+        data="a stream with labels",
+    ),
+    Method(
+        "unified", "continual", "divergences of outputs and weights, mixed at will", "Wang et al. 2024, arXiv 2403.13249",
+        "a network; a stream with labels", "that of its terms", _CONTINUAL + "unified:UnifiedLearner", "Unified",
+        data="a stream with labels",
+    ),
+    Method(
+        "refresh", "continual", "unlearn a little of the batch before learning it again, around any learner",
+        "Wang et al. 2024, arXiv 2403.13249", "a network; a stream with labels", "that of its host and 1 pass a step",
+        _CONTINUAL + "refresh:RefreshLearner", "Refresh", data="a stream with labels",
+    ),
+    Method(
+        "apis", "continual", "one model from a stream of prediction APIs, without their weights and with little or no data",
+        "Yang et al. 2024, arXiv 2309.00023", "APIs to query; no data, or a few labelled examples",
+        "1,792 queries a round", _CONTINUAL + "apis:ApisLearner", "Apis", data="answers of APIs",
+    ),
+    Method(
+        "ncm", "continual", "new classes from a few examples by the mean of a frozen encoder's features",
+        "Zhou et al. 2023, arXiv 2303.07338", "a pretrained transformer; a stream with labels", "1 pass an example",
+        _CONTINUAL + "ncm:NcmLearner", "Ncm", aliases=("simplecil",), data="a stream with labels",
+    ),
+    Method(
+        "l2p", "continual", "a pool of prompts for a frozen transformer, each input takes the nearest",
+        "Wang et al. 2022, arXiv 2112.08654", "a pretrained transformer; a stream with labels",
+        "2 passes a step and 1 back, prompts alone trained", _CONTINUAL + "l2p:L2pLearner", "L2p",
+        data="a stream with labels",
+    ),
+    Method(
+        "dualprompt", "continual", "a shared prompt and one of each session, as prefixes of a frozen transformer",
+        "Wang et al. 2022, arXiv 2204.04799", "a pretrained transformer; a stream with labels", "that of l2p",
+        _CONTINUAL + "dualprompt:DualPromptLearner", "DualPrompt", data="a stream with labels",
+    ),
+    Method(
+        "coda", "continual", "prompts as weighted sums of components, weighted anew for each input",
+        "Smith et al. 2023, arXiv 2211.13218", "a pretrained transformer; a stream with labels", "that of l2p",
+        _CONTINUAL + "coda:CodaLearner", "Coda", aliases=("coda_prompt",), data="a stream with labels",
+    ),
+    Method(
+        "asp", "continual", "prompts that fit themselves to inputs, learned once; then classes from five examples each",
+        "Liu et al. 2024, arXiv 2403.09857", "a pretrained transformer; base classes, then a few examples of others",
+        "3 passes a step and 1 back; new classes 2 passes an example", _CONTINUAL + "asp:AspLearner", "Asp",
+        data="a stream with labels",
     ),
     Method(
         "llm_sc", "link", "text through noise, read by what a language model finds likely",

@@ -118,8 +118,12 @@ def run(
     protocol: Protocol | None = None,
     journal: Journal | str | os.PathLike[str] | None = None,
     seed: int = 0,
+    phase: str = "stream",
 ) -> Outcome:
-    """Lead the learner through the stream. A folder as `journal` is gone on from; the learner then needs state_dict()."""
+    """Lead the learner through the stream. A folder as `journal` is gone on from; the learner then needs state_dict().
+
+    `phase`: what the journal calls it. Several learners in one journal need names of their own.
+    """
     protocol = protocol or Protocol()
     with joined() as (rank, ranks), torch.random.fork_rng(_gpus(learner)):
         if not isinstance(journal, Journal):
@@ -128,7 +132,7 @@ def run(
             what = "each process has a memory of its own, which one journal cannot keep"
             raise SpoliaError(what, where="journal", mend="leave the journal out, or use one process")
         course = _Course(learner, stream, protocol, seed, (rank, ranks))
-        with journal.phase("stream"):
+        with journal.phase(phase):
             keep = (
                 None if journal.folder is None else {"learner": learner, "found": course.found, "clock": course.clock}
             )

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from spolia import __version__
-from spolia.cli import links, looking, models, recipes
+from spolia.cli import links, looking, models, recipes, serving
 from spolia.runs import telling
 
 app = typer.Typer(
@@ -56,6 +56,7 @@ app.command()(models.inspect)
 app.command()(models.compare)
 app.command()(recipes.report)
 app.command()(recipes.demo)
+app.command()(serving.serve)
 app.command()(looking.doctor)
 app.add_typer(links.app, name="link")
 

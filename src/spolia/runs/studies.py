@@ -26,6 +26,7 @@ STUDIES: dict[str, str] = {
     "meta": "spolia.runs.meta_study",
     "datafree": "spolia.runs.datafree_study",
     "link": "spolia.runs.link_study",
+    "continual": "spolia.runs.continual_recipes",
 }
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+from pydantic import ValidationError
+
 from spolia.core.outputs import entropy
 from spolia.methods.continual.cpr import Cpr, CprLearner
 from spolia.methods.continual.derpp import DerPp, DerPpLearner
+from spolia.methods.continual.ewc import Ewc
 from spolia.methods.continual.finetune import Finetune, FinetuneLearner
 
 
@@ -31,3 +35,12 @@ def test_the_term_is_zero_for_a_uniform_answer(stream, network) -> None:
     host = FinetuneLearner(made, Finetune())
     gap = CprLearner(host, Cpr(weight=9.0)).loss(batch)[0] - host.loss(batch)[0]
     assert abs(float(gap.detach())) < 1e-12
+
+
+def test_a_host_is_named_with_its_settings() -> None:
+    settings = Cpr(host_settings={"strength": 2.0})
+    assert settings.hosted() == Ewc(strength=2.0)
+    assert Cpr(host_settings=settings.host_settings).hosted() == settings.hosted()  # a written-out recipe reads back
+    for wrong, said in (({"strenght": 2.0}, "strength"), ({"strength": -1.0}, "strength")):
+        with pytest.raises(ValidationError, match=said):
+            Cpr(host_settings=wrong)

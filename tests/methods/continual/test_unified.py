@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from spolia.errors import SpoliaError
@@ -49,6 +50,16 @@ def test_an_instance_makes_the_steps_of_its_own_file(learner, settings, stream, 
         )  # it does something
 
 
+def test_terms_read_back_from_what_they_write() -> None:
+    for term in (
+        OutputTerm(),
+        OutputTerm(divergence="squared", reference="stored", weight=0.25),
+        WeightTerm(decay=0.5),
+    ):
+        assert type(term)(**yaml.safe_load(str(term))) == term
+    assert Unified().output == as_unified(DerPp()).output  # DER++ unless other terms are named
+
+
 def test_cpr_around_fine_tuning_is_an_instance(stream, network, led, apart) -> None:
     direct = led(CprLearner(FinetuneLearner(network(), Finetune(), seed=4), Cpr(weight=0.3)), stream)
     assert apart(direct, led(UnifiedLearner(network(), as_unified(Cpr(weight=0.3)), seed=4), stream)) < EQUAL
@@ -81,7 +92,8 @@ def test_terms_add_up(stream, network, led, apart) -> None:
 
 
 def test_l2_sp_pulls_to_the_last_weights(stream, network) -> None:
-    learner = UnifiedLearner(network(), Unified(weights=(WeightTerm(importance="one", weight=1e9),)), seed=0)
+    terms = Unified(output=(), weights=(WeightTerm(importance="one", weight=1e9),))
+    learner = UnifiedLearner(network(), terms, seed=0)
     first, second = stream.experiences[:2]
     learner.begin(first)
     learner.observe(first.draw(8, 0, 0))

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError, ValidationInfo, field_validator
+
+from spolia.catalog import find
 from spolia.core import kept
+from spolia.core.settings import Settings, setting
+from spolia.errors import did_you_mean
+from spolia.methods.continual.learner import OURS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from spolia.methods.continual.learner import Learner
     from spolia.parts.stream import Batch, Experience
+
+
+Hosts = Literal["finetune", "er", "er_ace", "der", "derpp", "agem", "ewc", "si", "mas", "lwf", "icarl", "unified"]
+
+
+class Hosted(Settings):
+    """Settings of what goes around a learner. Recipes and `spolia.continual` make the host; a Learner is given its own."""
+
+    host: Hosts = setting("finetune", "learner that it goes around, where none is handed in", source=OURS)
+    host_settings: dict[str, Any] = setting(
+        {}, "settings of that learner; those not named have its defaults", source=OURS, validate_default=True
+    )
+
+    @field_validator("host_settings")
+    @classmethod
+    def _whole(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """All settings of the host, so that a run's recipe says them."""
+        if info.data.get("host") is None:  # told already
+            return value
+        kind = find(info.data["host"]).settings_class()
+        for name in value.keys() - kind.model_fields.keys():
+            what = f"`{name}` is no setting of {info.data['host']}; {did_you_mean(name, kind.model_fields)}"
+            raise ValueError(f"host_settings: {what}")
+        try:
+            return kind(**value).model_dump(mode="json")
+        except ValidationError as error:
+            (first, *_) = error.errors(include_url=False)
+            raise ValueError(f"host_settings: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+    def hosted(self) -> Any:
+        """The host's settings."""
+        return find(self.host).settings_class()(**self.host_settings)
 
 
 class Around:

@@ -19,8 +19,8 @@ import math
 from typing import TYPE_CHECKING
 
 from spolia.core.outputs import entropy
-from spolia.core.settings import Settings, setting
-from spolia.methods.continual.around import Around
+from spolia.core.settings import setting
+from spolia.methods.continual.around import Around, Hosted, Hosts
 from spolia.methods.continual.learner import OURS
 
 if TYPE_CHECKING:
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from spolia.parts.stream import Batch
 
 
-class Cpr(Settings):
+class Cpr(Hosted):
     """Settings of `CprLearner`."""
 
+    host: Hosts = setting("ewc", "learner that it goes around, where none is handed in", source="Cha et al. 2021")
     weight: float = setting(0.5, "beta, of the divergence from uniform", source=OURS, ge=0)
 
 

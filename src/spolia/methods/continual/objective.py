@@ -67,6 +67,9 @@ class OutputTerm(Settings):
     temperature: float = setting(1.0, "T of both distributions; the term carries T^2", source=OURS, gt=0)
     classes: Literal["all", "known"] = setting("all", "logits: all, or those of earlier experiences", source=OURS)
 
+    def __str__(self) -> str:
+        return written(self)
+
 
 class WeightTerm(Settings):
     """beta D_Psi[theta; theta*], theta* the weights at the end of the experience before."""
@@ -75,6 +78,15 @@ class WeightTerm(Settings):
     weight: float = setting(1.0, "beta, without a half", source=_WANG, ge=0)
     decay: float = setting(1.0, "what of the earlier importance stays", source=OURS, ge=0, le=1)
     damping: float = setting(1.0, "xi of `path`", source="Zenke et al. 2017", gt=0)
+
+    def __str__(self) -> str:
+        return written(self)
+
+
+def written(term: Settings) -> str:
+    """A term as a recipe has it: a mapping of what differs from the defaults."""
+    told = {name: getattr(term, name) for name in type(term).model_fields}
+    return f"{{{', '.join(f'{n}: {v}' for n, v in told.items() if v != type(term).model_fields[n].default)}}}"
 
 
 class Term(NamedTuple):

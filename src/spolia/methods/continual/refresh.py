@@ -36,10 +36,10 @@ from spolia.core.dist import summed
 from spolia.core.gradients import gradients, norm
 from spolia.core.lazy import torch
 from spolia.core.seeds import entropy
-from spolia.core.settings import Settings, setting
+from spolia.core.settings import setting
 from spolia.errors import SpoliaError, SpoliaWarning
 from spolia.methods.continual.anchored import KINDS, information
-from spolia.methods.continual.around import Around
+from spolia.methods.continual.around import Around, Hosted, Hosts
 from spolia.methods.continual.learner import OURS
 
 if TYPE_CHECKING:
@@ -54,9 +54,10 @@ _TINY = 1e-12
 _SHORT = 0.5  # share of the descent taken back, from which a warning is due
 
 
-class Refresh(Settings):
+class Refresh(Hosted):
     """Settings of `RefreshLearner`."""
 
+    host: Hosts = setting("derpp", "learner that it goes around, where none is handed in", source=_CODE)
     form: Literal["paper", "released"] = setting(
         "paper", "the equations, or what the published code does", source=_WANG
     )
@@ -174,13 +175,11 @@ def check_stable(settings: Refresh, host: Learner) -> None:
 
     P is at most 1 / damping once there is a Fisher, and 1 before: the larger counts.
     """
-    if settings.form == "released" or not settings.steps or not settings.gamma:
+    share = taken_back(settings)
+    if not share:
         return
-    most = max(1.0, 1 / settings.damping) if settings.precondition == "fisher" else 1.0
-    share = settings.steps * settings.gamma * most
-    told = (
-        f"J = {settings.steps} with gamma {settings.gamma:g} with P up to {most:g} take back {share:.0%} of the descent"
-    )
+    told = f"J = {settings.steps} with gamma {settings.gamma:g} and P up to {_most(settings):g} take back {share:.0%}"
+    told += " of the descent"
     if share >= 1:
         what = f"{told}: to first order a step is (lr - J gamma P) g, which climbs"
         mend = "lower gamma or steps, or raise damping, so that steps * gamma * max(1, 1 / damping) is below 1"
@@ -191,6 +190,16 @@ def check_stable(settings: Refresh, host: Learner) -> None:
         what = "refresh: gamma is relative to the learning rate of plain SGD; "
         what += f"{type(host.optimizer).__name__} steps otherwise, so that limit is no bound here"
         warnings.warn(what, SpoliaWarning, stacklevel=3)
+
+
+def taken_back(settings: Refresh) -> float:
+    """The largest share of a plain step that unlearning takes back, to first order: J gamma P. 0 for the released form."""
+    return 0.0 if settings.form == "released" else settings.steps * settings.gamma * _most(settings)
+
+
+def _most(settings: Refresh) -> float:
+    """The largest P."""
+    return max(1.0, 1 / settings.damping) if settings.precondition == "fisher" else 1.0
 
 
 def sharpness(learner: Learner | Around, batch: Batch) -> float:

@@ -40,10 +40,16 @@ _WANG = "Wang et al. 2024"
 
 
 class Unified(Replay):
-    """Settings of `UnifiedLearner`: no term is fine-tuning."""
+    """Settings of `UnifiedLearner`: its terms are DER++'s unless others are named; no term is fine-tuning."""
 
-    output: tuple[OutputTerm, ...] = setting((), "divergences of outputs", source=_WANG)
-    weights: tuple[WeightTerm, ...] = setting((), "divergences of weights", source=_WANG)
+    output: tuple[OutputTerm, ...] = setting(
+        (OutputTerm(divergence="squared", reference="stored", weight=0.1), OutputTerm(weight=0.5)),
+        "divergences of outputs: of each divergence, reference, samples, weight, temperature, classes",
+        source="Wang et al. 2024, their host DER++",
+    )
+    weights: tuple[WeightTerm, ...] = setting(
+        (), "divergences of weights: of each importance, weight, decay, damping", source=_WANG
+    )
     new: Literal["all", "seen"] = setting("all", "classes of the new samples' cross-entropy", source=OURS)
     proximal: bool | None = setting(None, "weight terms taken implicitly; by default with plain SGD", source=OURS)
     fisher: KINDS = setting("auto", "which diagonal Fisher", source=OURS)
@@ -83,7 +89,8 @@ def as_unified(settings: Finetune | Er | Der | DerPp | Lwf | Ewc | Si | Mas | Cp
             terms = {"output": (OutputTerm(weight=settings.weight, **own),)}
         case _:
             terms = {}
-    return Unified(**(how | terms))
+    none: dict[str, Any] = {"output": (), "weights": ()}
+    return Unified(**(none | how | terms))
 
 
 class UnifiedLearner(Replaying):

@@ -1,0 +1,122 @@
+"""What recipes of prompts are about: a labelled set in sessions, and the frozen encoder that meets them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from spolia.errors import SpoliaError
+from spolia.runs.schema import Shape
+
+
+class Sessions(Shape):
+    """What all problems say."""
+
+    base: int = Field(60, description="classes of the base session, all their examples", ge=2)
+    ways: int = Field(5, description="new classes of each further session", ge=1)
+    shots: int = Field(5, description="examples of each new class", ge=1)
+    shuffle: bool = Field(
+        False, description="classes in an order drawn from each repeat's seed, not that of the labels"
+    )
+    epochs: float = Field(
+        20.0, description="readings of the base data; the cosine of learning rates ends with them", gt=0
+    )
+    batch: int = Field(48, description="examples of a step", ge=1)
+    encoder: str = Field(
+        "",
+        description="folder or name on the hub of a transformer, or timm/NAME; empty: a ViT trained on the base classes",
+    )
+    pretraining: int = Field(4000, description="steps of that training; no other class is ever shown to it", ge=1)
+    width: int = Field(192, description="of that ViT", ge=8)
+    depth: int = Field(6, description="of that ViT", ge=1)
+    heads: int = Field(3, description="of that ViT", ge=1)
+    patch: int = Field(8, description="pixels of a side of that ViT's patches", ge=1)
+
+
+class DigitsSessions(Sessions):
+    """scikit-learn's digits (real scans, inside its package): six to start from, two and two with five images each."""
+
+    source: Literal["digits_sessions"] = Field(description="real scans that come inside scikit-learn; no download")
+    base: int = Field(6, description="classes of the base session, all their examples", ge=2, le=10)
+    ways: int = Field(2, description="new classes of each further session", ge=1)
+    epochs: float = Field(
+        3.0, description="readings of the base data; the cosine of learning rates ends with them", gt=0
+    )
+    encoder: Literal[""] = Field("", description="a ViT with four patches, trained on the base classes")
+    pretraining: int = Field(150, description="steps of that training; no other class is ever shown to it", ge=1)
+    width: int = Field(48, description="of that ViT", ge=8)
+    depth: int = Field(5, description="of that ViT", ge=1)
+    heads: int = Field(4, description="of that ViT", ge=1)
+    patch: int = Field(4, description="pixels of a side of that ViT's patches", ge=1, le=8)
+
+
+class _Images(Sessions):
+    pixels: int | None = Field(None, description="side of the images as the encoder sees them; null: as they are", ge=8)
+    norm: Literal["half", "imagenet", "none"] = Field(
+        "half", description="half: 0 … 1 becomes -1 … 1; imagenet: its mean and deviation; none: 0 … 1"
+    )
+    augment: Literal["none", "crops"] = Field("crops", description="crops: moved by up to four pixels and mirrored")
+    device: str = Field("cpu", description="where the encoder runs: cpu, cuda")
+
+
+class PackedSessions(_Images):
+    """A packed set of images, such as tiny_imagenet100."""
+
+    source: Literal["packed_sessions"] = Field(description="an npz file with a train and a test part")
+    data: str = Field("tiny_imagenet100", description="the file's name without .npz")
+    folder: Path | None = Field(None, description="where the data lie; by default the folder that SPOLIA_DATA names")
+
+
+class ArraysSessions(_Images):
+    """A user's own arrays of images."""
+
+    source: Literal["npz_sessions"] = Field(description="arrays in an npz file")
+    file: Path | None = Field(None, description="npz with x_train, y_train, x_test, y_test, or x and y to be split")
+
+
+class FolderSessions(_Images):
+    """Folders of images, one a class; below train and test where these are there."""
+
+    source: Literal["folder_sessions"] = Field(description="folders of images")
+    folder: Path | None = Field(None, description="the folder that holds one folder a class")
+    side: int = Field(64, description="pixels of a side, as they are read", ge=8)
+
+
+PROBLEMS: dict[str, type[Sessions]] = {
+    "digits_sessions": DigitsSessions,
+    "packed_sessions": PackedSessions,
+    "npz_sessions": ArraysSessions,
+    "folder_sessions": FolderSessions,
+}
+
+
+def name_of(problem: Any) -> str:
+    """The set, in a word."""
+    match problem:
+        case PackedSessions():
+            return problem.data
+        case ArraysSessions():
+            return problem.file.stem if problem.file else "arrays"
+        case FolderSessions():
+            return problem.folder.name if problem.folder else "folder"
+    return "digits"
+
+
+def check_files(problem: Sessions) -> None:
+    """SpoliaError where the data are not there; headers are read at most."""
+    match problem:
+        case PackedSessions():
+            from spolia.data.images import packed_file
+
+            packed_file(problem.data, problem.folder)
+        case ArraysSessions():
+            from spolia.data.labelled import names_in
+
+            if problem.file is None:
+                raise SpoliaError("no file is named", where="problem.file", mend="add `file: PATH`")
+            names_in(problem.file.expanduser())
+        case FolderSessions():
+            if problem.folder is None or not problem.folder.expanduser().is_dir():
+                raise SpoliaError("is no folder", where=f"problem.folder {problem.folder}", mend="folder: PATH")
