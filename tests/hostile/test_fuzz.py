@@ -136,10 +136,10 @@ def test_random_pickles(data: st.DataObject, old: bool, told: Callable[..., Any]
     torch.save(
         {"w": torch.ones(2, 3), "b": torch.zeros(2)}, out := io.BytesIO(), _use_new_zipfile_serialization=not old
     )
-    raw = bytearray(out.getvalue())
+    raw = bytearray(out.getvalue())  # its length changes with addresses in it, so no draw may depend on that
     for _ in range(data.draw(st.integers(0, 4))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    (file := tmp_path_factory.getbasetemp() / "fuzzed.bin").write_bytes(raw[: data.draw(st.integers(1, 2 * len(raw)))])
+        raw[data.draw(st.integers(0, 9999)) % len(raw)] = data.draw(st.integers(0, 255))
+    (file := tmp_path_factory.getbasetemp() / "fuzzed.bin").write_bytes(raw[: data.draw(st.integers(1, 2000))])
     found: list[dict[str, torch.Tensor]] = []
     if told(lambda: found.append(load(file))) is None:
         assert all(isinstance(t, torch.Tensor) and t.numel() <= len(raw) for t in found[0].values())
