@@ -28,7 +28,7 @@ SHOWN = 12  # queries of each API in the report
 
 def ledger(run: RunFolder, recipe: StudyRecipe, found: list[dict[str, Any]]) -> dict[str, Any]:
     """results.json."""
-    env, lines, problem = run.read_json("env.json") or {}, lines_of(recipe), recipe.problem
+    lines, problem = lines_of(recipe), recipe.problem
     rows = ledger_rows(
         by_line(found),
         task_of(problem),
@@ -36,18 +36,13 @@ def ledger(run: RunFolder, recipe: StudyRecipe, found: list[dict[str, Any]]) -> 
         baselines=[line.label for line in lines if not line.own],
         each=False,
     )
-    return {
-        "name": recipe.name,
-        "command": env.get("command", ""),
-        "commit": (env.get("git") or {}).get("commit"),
-        "date": run.read_json("status.json")["started"][:10],
-        "machine": env.get("machine", {}),
-        "versions": env.get("versions", {}),
-        "data": data_touched(problem),
-        "seeds": recipe.every_seed[: len(found)],
-        "rows": [*rows, *_asked_rows(recipe, found)],
-        "notes": _notes(recipe, found),
-    }
+    return run.ledger(
+        recipe.name,
+        data=data_touched(problem),
+        seeds=recipe.every_seed[: len(found)],
+        rows=[*rows, *_asked_rows(recipe, found)],
+        notes=_notes(recipe, found),
+    )
 
 
 def by_line(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -22,7 +22,7 @@ from spolia.runs.studies import StudyRecipe
 
 def ledger(run: RunFolder, recipe: StudyRecipe, found: list[dict[str, Any]], data: dict[str, str]) -> dict[str, Any]:
     """results.json."""
-    env, entries, problem = run.read_json("env.json") or {}, entries_of(recipe), recipe.problem
+    entries, problem = entries_of(recipe), recipe.problem
     rows = ledger_rows(
         by_learner(found),
         task_of(problem),
@@ -30,18 +30,13 @@ def ledger(run: RunFolder, recipe: StudyRecipe, found: list[dict[str, Any]], dat
         baselines=[entry.label for entry in entries if entry.baseline],
         judged=problem.scenario,
     )
-    return {
-        "name": recipe.name,
-        "command": env.get("command", ""),
-        "commit": (env.get("git") or {}).get("commit"),
-        "date": run.read_json("status.json")["started"][:10],
-        "machine": env.get("machine", {}),
-        "versions": env.get("versions", {}),
-        "data": data,
-        "seeds": recipe.every_seed[: len(found)],
-        "rows": rows,
-        "notes": _notes(recipe, found),
-    }
+    return run.ledger(
+        recipe.name,
+        data=data,
+        seeds=recipe.every_seed[: len(found)],
+        rows=rows,
+        notes=_notes(recipe, found),
+    )
 
 
 def by_learner(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

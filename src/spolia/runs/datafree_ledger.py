@@ -20,24 +20,18 @@ PSEUDO = "accuracy on pseudo-tasks"
 
 def ledger(run: RunFolder, recipe: StudyRecipe, found: list[dict[str, Any]], data: dict[str, str]) -> dict[str, Any]:
     """results.json."""
-    env = run.read_json("env.json") or {}
     own, rows = recipe.method.name, []
     labels = list(found[0]["scores"])
     for task in found[0]["scores"].get(own, {}):
         scores = {label: [_scores(one["scores"][label][task]) for one in found] for label in labels}
         rows += ledger_rows(scores, task, baselines=set(labels) - {own, own + SELECTED}, against=against(recipe))
-    return {
-        "name": recipe.name,
-        "command": env.get("command", ""),
-        "commit": (env.get("git") or {}).get("commit"),
-        "date": run.read_json("status.json")["started"][:10],
-        "machine": env.get("machine", {}),
-        "versions": env.get("versions", {}),
-        "data": data,
-        "seeds": recipe.every_seed[: len(found)],
-        "rows": [*rows, *_others(recipe, found)],
-        "notes": _notes(recipe, found),
-    }
+    return run.ledger(
+        recipe.name,
+        data=data,
+        seeds=recipe.every_seed[: len(found)],
+        rows=[*rows, *_others(recipe, found)],
+        notes=_notes(recipe, found),
+    )
 
 
 def _scores(kept: dict[str, Any]) -> Scores:

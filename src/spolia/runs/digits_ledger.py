@@ -20,7 +20,6 @@ METRIC = "accuracy"
 
 def ledger(run: RunFolder, study: Study, found: list[dict[str, Any]]) -> dict[str, Any]:
     """results.json."""
-    env = run.read_json("env.json") or {}
     rows: list[dict[str, Any]] = []
     marked = {entry.label for entry in study.entries if entry.baseline}
     for metric, first in found[0]["scores"].items():
@@ -30,21 +29,16 @@ def ledger(run: RunFolder, study: Study, found: list[dict[str, Any]]) -> dict[st
         }
         references = set(first) - {entry.label for entry in study.entries}
         rows += ledger_rows(scores, metric=metric, baselines=marked | references, against=AVERAGE)
-    return {
-        "name": study.name,
-        "command": env.get("command", ""),
-        "commit": (env.get("git") or {}).get("commit"),
-        "date": run.read_json("status.json")["started"][:10],
-        "machine": env.get("machine", {}),
-        "versions": env.get("versions", {}),
-        "data": DATA_TOUCHED
+    return run.ledger(
+        study.name,
+        data=DATA_TOUCHED
         | {"merge": sees(study)}
         | ({"choice of scale": f"{SIZES['validation']} labelled validation digits"} if found[0]["chosen"] else {})
         | {"test": f"{SIZES['test']} digits that nothing before had seen"},
-        "seeds": list(study.seeds[: len(found)]),
-        "rows": rows,
-        "notes": _notes(study, found),
-    }
+        seeds=list(study.seeds[: len(found)]),
+        rows=rows,
+        notes=_notes(study, found),
+    )
 
 
 def sees(study: Study) -> str:

@@ -81,21 +81,16 @@ def ledger(
     run: RunFolder, recipe: StudyRecipe, found: list[dict[str, Any]], against: Mapping[str, str]
 ) -> dict[str, Any]:
     """results.json."""
-    env, problem = run.read_json("env.json") or {}, recipe.problem
+    problem = recipe.problem
     values = values_of(problem, found)
     rows = ledger_rows(values, metrics_of(problem), _task(problem), against=against, baselines=(TEACHER, ALONE))
-    return {
-        "name": recipe.name,
-        "command": env.get("command", ""),
-        "commit": (env.get("git") or {}).get("commit"),
-        "date": run.read_json("status.json")["started"][:10],
-        "machine": env.get("machine", {}),
-        "versions": env.get("versions", {}),
-        "data": data_touched(problem, recipe),
-        "seeds": recipe.every_seed[: len(found)],
-        "rows": rows,
-        "notes": _notes(recipe, found),
-    }
+    return run.ledger(
+        recipe.name,
+        data=data_touched(problem, recipe),
+        seeds=recipe.every_seed[: len(found)],
+        rows=rows,
+        notes=_notes(recipe, found),
+    )
 
 
 def _task(problem: Problem) -> str:

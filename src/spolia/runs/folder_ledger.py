@@ -53,7 +53,7 @@ def ledger(
     repaired: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """results.json."""
-    env, recipe = run.read_json("env.json") or {}, study.recipe
+    recipe = study.recipe
     merged, own = labels_of(recipe)
     beside = set(scores) - {merged, own}
     if study.language:
@@ -62,18 +62,13 @@ def ledger(
     else:
         shares = {k: [{t: Share(*one) for t, one in v.items()}] for k, v in scores.items()}
         rows = multitask.ledger_rows(shares, metric=METRIC, baselines=beside, against=AVERAGE)
-    return {
-        "name": recipe.name,
-        "command": env.get("command", ""),
-        "commit": (env.get("git") or {}).get("commit"),
-        "date": run.read_json("status.json")["started"][:10],
-        "machine": env.get("machine", {}),
-        "versions": env.get("versions", {}),
-        "data": data_touched(study, facts, repaired),
-        "seeds": [recipe.seed],
-        "rows": rows,
-        "notes": _notes(study, facts),
-    }
+    return run.ledger(
+        recipe.name,
+        data=data_touched(study, facts, repaired),
+        seeds=[recipe.seed],
+        rows=rows,
+        notes=_notes(study, facts),
+    )
 
 
 def data_touched(study: Study, facts: Mapping[str, Any], repaired: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -15,22 +15,16 @@ NCM = "ncm"
 
 def ledger(run: RunFolder, recipe: StudyRecipe, found: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
     """results.json. `labels`: the lines, the recipe's own last."""
-    env = run.read_json("env.json") or {}
     rows = ledger_rows(
         by_line(found, labels), task_of(recipe.problem), against=against_of(labels), baselines=labels[:-1]
     )
-    return {
-        "name": recipe.name,
-        "command": env.get("command", ""),
-        "commit": (env.get("git") or {}).get("commit"),
-        "date": run.read_json("status.json")["started"][:10],
-        "machine": env.get("machine", {}),
-        "versions": env.get("versions", {}),
-        "data": data_touched(recipe.problem),
-        "seeds": recipe.every_seed[: len(found)],
-        "rows": rows,
-        "notes": _notes(found),
-    }
+    return run.ledger(
+        recipe.name,
+        data=data_touched(recipe.problem),
+        seeds=recipe.every_seed[: len(found)],
+        rows=rows,
+        notes=_notes(found),
+    )
 
 
 def by_line(found: list[dict[str, Any]], labels: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -37,7 +37,7 @@ def level(problem: LinkProblem, db: float) -> str:
 
 def ledger(run: RunFolder, recipe: StudyRecipe, found: Found, data: dict[str, str]) -> dict[str, Any]:
     """results.json."""
-    env, points = run.read_json("env.json") or {}, pooled(recipe, found)
+    points = pooled(recipe, found)
     beside = {scheme.label for scheme in schemes_of(recipe) if scheme.baseline}
     kinds = {scheme.label: scheme.kind for scheme in schemes_of(recipe)}
     made = []
@@ -51,18 +51,13 @@ def ledger(run: RunFolder, recipe: StudyRecipe, found: Found, data: dict[str, st
         made.append(
             row | {"low": None, "high": None, "n": len(found)} | ({"baseline": True} if label in beside else {})
         )
-    return {
-        "name": recipe.name,
-        "command": env.get("command", ""),
-        "commit": (env.get("git") or {}).get("commit"),
-        "date": run.read_json("status.json")["started"][:10],
-        "machine": env.get("machine", {}),
-        "versions": env.get("versions", {}),
-        "data": data,
-        "seeds": recipe.every_seed[: len(found)],
-        "rows": made,
-        "notes": notes(recipe, found),
-    }
+    return run.ledger(
+        recipe.name,
+        data=data,
+        seeds=recipe.every_seed[: len(found)],
+        rows=made,
+        notes=notes(recipe, found),
+    )
 
 
 def notes(recipe: StudyRecipe, found: Found) -> str:

@@ -15,24 +15,18 @@ from spolia.runs.studies import StudyRecipe
 
 def ledger(run: RunFolder, recipe: StudyRecipe, found: list[dict[str, Any]], data: dict[str, str]) -> dict[str, Any]:
     """results.json."""
-    env = run.read_json("env.json") or {}
     own, rows = label_of(recipe), []
     labels = list(found[0]["scores"])
     for test in scenarios_of(recipe.problem):
         scores = {label: [_scores(one["scores"][label][test]) for one in found] for label in labels}
         rows += ledger_rows(scores, test, baselines=set(labels) - {own}, against=base_label(recipe))
-    return {
-        "name": recipe.name,
-        "command": env.get("command", ""),
-        "commit": (env.get("git") or {}).get("commit"),
-        "date": run.read_json("status.json")["started"][:10],
-        "machine": env.get("machine", {}),
-        "versions": env.get("versions", {}),
-        "data": data,
-        "seeds": recipe.every_seed[: len(found)],
-        "rows": rows,
-        "notes": _notes(recipe, found),
-    }
+    return run.ledger(
+        recipe.name,
+        data=data,
+        seeds=recipe.every_seed[: len(found)],
+        rows=rows,
+        notes=_notes(recipe, found),
+    )
 
 
 def _scores(kept: dict[str, Any]) -> Scores:

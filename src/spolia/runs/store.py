@@ -118,6 +118,24 @@ class RunFolder:
         self.write_json("status.json", status)
         return status
 
+    def ledger(
+        self, name: str, *, data: dict[str, str], seeds: list[int], rows: list[dict[str, Any]], notes: str
+    ) -> dict[str, Any]:
+        """What results.json holds: what was found, by which command, when and where."""
+        env = self.read_json("env.json") or {}
+        return {
+            "name": name,
+            "command": env.get("command", ""),
+            "commit": (env.get("git") or {}).get("commit"),
+            "date": self.read_json("status.json")["started"][:10],
+            "machine": env.get("machine", {}),
+            "versions": env.get("versions", {}),
+            "data": data,
+            "seeds": seeds,
+            "rows": rows,
+            "notes": notes,
+        }
+
     def append_metrics(self, **row: Any) -> None:
         """One line of metrics.jsonl, for what is measured outside a loop. A half-written last line is cut off first."""
         file = self.path / "metrics.jsonl"

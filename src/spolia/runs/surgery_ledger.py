@@ -45,7 +45,6 @@ def seen(settings: SurgerySettings) -> str:
 
 def ledger(run: RunFolder, recipe: Recipe, found: list[dict[str, Any]]) -> dict[str, Any]:
     """results.json."""
-    env = run.read_json("env.json") or {}
     scores = {
         label: [{task: Share(*counts) for task, counts in one["scores"][label].items()} for one in found]
         for label in found[0]["scores"]
@@ -53,20 +52,15 @@ def ledger(run: RunFolder, recipe: Recipe, found: list[dict[str, Any]]) -> dict[
     merged, own = labels(recipe)
     beside = set(scores) - {own, own + ROUTED} - ({merged} if recipe.surgery is not None else set())
     tested = "that nothing before had seen" if recipe.repair[1].protocol == "held_out" else "that surgery has seen too"
-    return {
-        "name": recipe.name,
-        "command": env.get("command", ""),
-        "commit": (env.get("git") or {}).get("commit"),
-        "date": run.read_json("status.json")["started"][:10],
-        "machine": env.get("machine", {}),
-        "versions": env.get("versions", {}),
-        "data": DATA_TOUCHED
+    return run.ledger(
+        recipe.name,
+        data=DATA_TOUCHED
         | {"merge": sees(merge_of(recipe)[0]), "surgery": seen(recipe.repair[1])}
         | {"test": f"{SIZES['test']} digits {tested}"},
-        "seeds": list(range(recipe.seed, recipe.seed + len(found))),
-        "rows": ledger_rows(scores, metric=METRIC, baselines=beside, against=merged),
-        "notes": _notes(recipe, found),
-    }
+        seeds=list(range(recipe.seed, recipe.seed + len(found))),
+        rows=ledger_rows(scores, metric=METRIC, baselines=beside, against=merged),
+        notes=_notes(recipe, found),
+    )
 
 
 def _notes(recipe: Recipe, found: list[dict[str, Any]]) -> str:
