@@ -12,6 +12,7 @@
 
 Every stage makes what it lacks of the stages before it and keeps all it makes in the work folder, which must lie outside the
 repository: run again, it goes on where it stopped. `--quick` uses a few images and steps, to see that everything runs.
+Once the base is there, processes may share the seeds by `--share`; the same command without it then writes the ledgers.
 Merges go through `spolia.merge` and `spolia.surgery` with the methods' defaults, and once more with the scale that validation
 images choose where there is one. What a merge adapts on are inputs that nothing else sees; rows that say "on test inputs"
 adapt on those they are judged on, as the papers do.
@@ -213,6 +214,9 @@ def main() -> None:
     told.add_argument("--net", choices=NETS, default="vit")
     told.add_argument("--strength", choices=("light", "medium", "strong"), default="medium")
     told.add_argument("--seeds", type=int, help="default: 3; quick: 1")
+    told.add_argument(
+        "--share", default="1/1", metavar="I/N", help="every N-th seed from the I-th on, for N processes at once"
+    )
     told.add_argument("--threads", type=int, help="default: torch's own")
     told.add_argument("--device", default="cpu", help="where networks run: cpu, cuda")
     told.add_argument("--quick", action="store_true")
@@ -225,13 +229,18 @@ def main() -> None:
     recipe = recipe_of(asked.net, asked.quick)
     work = asked.work.resolve() / (f"{asked.net}-quick" if asked.quick else asked.net)
     seeds = asked.seeds or (1 if asked.quick else 3)
+    share, shares = map(int, asked.share.split("/"))
     command = f"python benchmarks/eight_tasks.py {asked.stage} --work FOLDER --net {asked.net}"
     command += f" --strength {asked.strength} --seeds {seeds}" + (" --quick" if asked.quick else "")
-    folder = asked.json or (work if asked.quick else measure.REPOSITORY / "docs" / "results")
+    kept = work if asked.quick else measure.REPOSITORY / "docs" / "results"
+    folder = asked.json or (kept if shares == 1 else work / f"share-{share}")
     try:
         data = data_folder(asked.data)
         _remember(recipe, work)
-        pools = [EightTasks(data, work, recipe, seed, asked.strength, asked.device) for seed in range(seeds)]
+        pools = [
+            EightTasks(data, work, recipe, seed, asked.strength, asked.device)
+            for seed in range(share - 1, seeds, shares)
+        ]
         run(asked.stage, pools, command, folder)
     except SpoliaError as error:
         raise SystemExit(str(error)) from None

@@ -55,8 +55,8 @@ def data_touched(recipe: Recipe) -> dict[str, str]:
         )
     return {
         "base": base,
-        "heads": f"the train images of each task with labels: its file's train part less {validation} and {unlabelled}",
-        "experts": "the same images with labels",
+        "heads": f"the first {recipe.head_images} train images of each task with labels",
+        "experts": f"its train images with labels: its file's train part less {validation} and {unlabelled}",
         "choice of scale": f"{validation} of the train part with labels, at most {most['validation']} images a task",
         "adaptation, surgery": f"another {unlabelled} of the train part without labels, at most {most['unlabelled']} images"
         " a task; where a row says so, the test images without labels",

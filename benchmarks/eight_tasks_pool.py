@@ -54,8 +54,9 @@ class Recipe:
     pretraining: Training = Training(1e-3, 5000, 128)
     enlarged: int = 64  # side of what SqueezeNet is given, pixels
     head_steps: int = 100  # of L-BFGS, at most
+    head_images: int = 500  # of each task's train images, with labels: the base stays well below its experts
     read: int | None = None  # images of each part of a file, at most
-    most: dict[str, int] = field(default_factory=lambda: {"validation": 250, "unlabelled": 1000, "test": 1000})
+    most: dict[str, int] = field(default_factory=lambda: {"validation": 250, "unlabelled": 500, "test": 500})
     awd_steps: int = 500  # of AWD: its default; not of AWD + AdaMerging, which always has it
     adapt_steps: int = 150  # of AdaMerging, and their rate: its preset `fast`; the paper has 500 at 1e-3
     adapt_lr: float = 1e-2

@@ -76,18 +76,18 @@ def pretrain(pool: EightTasks, say: Say) -> None:
 
 
 def fit_heads(pool: EightTasks, say: Say) -> None:
-    """A linear head a task by logistic regression on the base's features of the train images, unless they are there."""
+    """A linear head a task by logistic regression on the base's features of some train images, unless they are there."""
     folder = pool.folder / "heads"
     if folder.is_dir():
         return
     encoder, made = pool.encoder(read_tensors(pool.base)).eval(), {}
     for task, one in pool.sets.items():
-        start = time.perf_counter()
+        start, train = time.perf_counter(), one.train.first(pool.recipe.head_images)
         with torch.no_grad():
-            features = torch.cat([pool.outputs(encoder, x).cpu() for x in one.train.x.split(512)])
+            features = torch.cat([pool.outputs(encoder, x).cpu() for x in train.x.split(512)])
         rate = len(features) / (time.perf_counter() - start)
-        weight, bias = _regressed(features, one.train.y, len(one.classes), pool.recipe.head_steps)
-        right = float(((features @ weight.T + bias).argmax(1) == one.train.y).float().mean())
+        weight, bias = _regressed(features, train.y, len(one.classes), pool.recipe.head_steps)
+        right = float(((features @ weight.T + bias).argmax(1) == train.y).float().mean())
         made |= {f"{task}.weight": weight, f"{task}.bias": bias}
         say(f"seed {pool.seed}: head of {task}, {100 * right:.1f} % of its train images; forward {rate:.0f} images/s")
     write_checkpoint(folder, made, {"model_type": "spolia_heads", "tasks": list(TASKS)})
