@@ -32,9 +32,10 @@ def test_best_is_among_methods_not_baselines(ledger):
     assert best == [("ties", "upright"), ("ties", "average"), ("dare", "turned")]  # the expert's 97.0 does not count
 
 
-def test_lower_is_better_for_losses(ledger):
+@pytest.mark.parametrize("metric", ["loss", "queries", "cost"])
+def test_lower_is_better_for_losses_and_costs(ledger, metric):
     for row in ledger["rows"]:
-        row["metric"] = "loss"
+        row["metric"] = metric
     marked = {line.method for line in main_table(ledger).lines if any(cell.best for cell in line.cells)}
     assert marked == {"average"}
 

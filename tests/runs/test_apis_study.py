@@ -11,16 +11,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 
 from spolia.errors import SpoliaError
 from spolia.methods.continual.apis import queries
+from spolia.runs.apis_entries import inventing_of
+from spolia.runs.apis_ground import trained_experts
 from spolia.runs.apis_problems import addresses
 from spolia.runs.apis_rounds import rounds_of
 from spolia.runs.engine import plan_recipe, run_recipe
 from spolia.runs.recipe import load_recipe
+from spolia.runs.serve import application, served
+from spolia.runs.serve_requests import Served
 from spolia.runs.store import RunFolder
 
 QUICK = ["problem.tasks=2", "problem.budget=6000", "method.batch=32", "seeds=1", "problem.baselines=false"]
@@ -102,6 +108,74 @@ def test_a_run_leaves_table_figures_queries_and_a_model(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "result" / "config.json").exists()
     assert "Class-IL" in (tmp_path / "run" / "summary.txt").read_text()
     assert (tmp_path / "run" / "report.html").exists()
+
+
+# --- packed sets over HTTP -------------------------------------------------------------------------------------------
+
+
+def packed(folder: Path, *overrides: str):
+    """Two APIs of two classes each, of images whose brighter corner is their class; and a recipe that asks all lines."""
+    draws = np.random.default_rng(0)
+    parts = {}
+    for part, count in (("train", 80), ("test", 40)):
+        labels = np.arange(count) % 4
+        images = draws.integers(0, 120, (count, 12, 12), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[6 * (label // 2) :, :][:6, 6 * (label % 2) :][:, :6] += 120
+        parts |= {f"x_{part}": images, f"y_{part}": labels}
+    np.savez(folder / "corners.npz", classes=np.array(list("abcd")), **parts)
+    problem = {"source": "packed_apis", "data": "corners", "folder": str(folder), "channels": 1, "tasks": 2}
+    problem |= {"experts": ["linear", "conv2"], "expert_width": 4, "network": "mlp", "width": 16, "few": 2}
+    problem |= {"questions": "flat", "questions_width": 16, "budget": 700, "price": 2.0, "baselines": True}
+    own = [f"problem={json.dumps(problem)}", "method.batch=8", "method.directions=2", "method.model_steps=2", "seeds=1"]
+    return load_recipe("continual/apis", [*own, *overrides])
+
+
+def test_what_a_network_takes_is_told(tmp_path: Path) -> None:
+    for override, word in (
+        ("problem.experts=[conv4]", "conv4 for images of 12"),
+        ("problem.experts=[resnet8]", "takes colour"),
+    ):
+        with pytest.raises(SpoliaError) as told:
+            packed(tmp_path, "problem.size=12", override)
+        assert word in str(told.value)
+
+
+@pytest.mark.parametrize("kind", ["flat", "images"])
+def test_generators_suit_the_inputs(tmp_path: Path, kind: str) -> None:
+    inventing = inventing_of(packed(tmp_path, f"problem.questions={kind}").problem, (1, 14, 14))
+    generator = inventing.make(torch.Generator().manual_seed(0))
+    made = inventing.act(generator(torch.randn(6, inventing.latent)))
+    assert made.shape == (6, 1, 14, 14) and bool((made >= 0).all()) and bool((made <= 1).all())
+    assert any(type(part).__name__ == "Conv2d" for part in generator.modules()) == (kind == "images")
+
+
+@pytest.mark.slow
+def test_experts_of_a_packed_set_answer_over_http_within_what_all_lines_may_ask(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    httpx = pytest.importorskip("httpx")
+    experts = trained_experts(packed(tmp_path).problem, 0)
+    assert [expert.name for expert in experts] == ["corners:1", "corners:2"]
+    with served(application([Served(e.name, e.trained.logits, e.contract) for e in experts])) as url:
+        made = packed(tmp_path, f"problem.urls=[{url}]")
+        run_recipe(made, RunFolder(tmp_path / "run"))
+        counted = {}
+        for expert in experts:
+            told = httpx.get(f"{url}/v2/models/{expert.name}/stats").json()["model_stats"][0]
+            counted[expert.name] = told["inference_count"]
+    scored = json.loads((tmp_path / "run" / "checkpoints" / "apis-seed-0.json").read_text())
+    rounds, _, each = rounds_of(made.problem, made.settings)
+    once = 2 * 2  # the few of both classes
+    asking = ("no replay", "plain estimator", "DECL-APIs")
+    for name, told in scored["spent"].items():
+        assert told["items"] == counted[name]  # what it paid for is what the server answered
+        asked = sum(line["asked"].get(name, 0) for line in scored["lines"].values())
+        assert told["answered"] + told["kept"] == asked
+        assert [scored["lines"][line]["asked"][name] for line in asking] == [rounds * each + once] * 3
+    ledger = json.loads((tmp_path / "run" / "results.json").read_text())
+    cost = {(r["method"], r["task"]): r for r in ledger["rows"] if r["metric"] == "cost"}
+    row = cost["DECL-APIs", "corners:1"]
+    assert row["unit"] == "USD" and row["mean"] == pytest.approx((rounds * each + once) * 2 / 1000)
 
 
 # --- two terminals ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from spolia.reports.folder import rows
 AVERAGE = "average"
 LOWER_IS_BETTER = {
     *("loss", "error", "error_rate", "perplexity", "nll", "kl", "l1", "l2", "distance", "ber", "bler", "ser", "wer"),
-    *("cer", "forgetting", "ece", "brier", "seconds", "time", "bytes", "memory", "flops", "queries"),
+    *("cer", "forgetting", "ece", "brier", "seconds", "time", "bytes", "memory", "flops", "queries", "cost"),
     *("frame_error", "token_error", "bit_error", "symbol_error", "character_error", "undetected", "reads"),
     *("channel_uses_a_character", "performance_drop"),
 }

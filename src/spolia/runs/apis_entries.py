@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DATA_FREE, DATA_FEW = "DFCL-APIs", "DECL-APIs"
 ALONE, PLAIN, FEW, JOINT, ROUTER = "no replay", "plain estimator", "the few alone", "joint", "router"
 FEW_PASSES, JOINT_PASSES = 60.0, 3.0  # readings of the data by models that are given them
-_LATENT = {True: 32, False: 256}  # of generators of small and of larger inputs
+_LATENT = {True: 32, False: 256}  # of flat generators and of those of images
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def learner_of(line: Line, recipe: StudyRecipe, ground: Ground, seed: int) -> tu
         once = tuple(replace(e, rounds=1) for e in ground.stream.experiences)  # type: ignore[call-arg]
         return Router(ground.stream), replace(ground.stream, experiences=once), 1.0
     if isinstance(line.settings, Apis):
-        inventing = inventing_of(ground.held.shape)
+        inventing = inventing_of(recipe.problem, ground.held.shape)
         made = ApisLearner(model, line.settings, stream=ground.stream, inventing=inventing, seed=seed)
         return made, ground.stream, 1.0
     stream = ground.labelled if line.label == JOINT else ground.few_alone()
@@ -84,14 +84,14 @@ def model_of(problem: Any, held: Labelled, seed: int) -> Model:
     return Model(network.to(getattr(problem, "device", "cpu")), show=as_floats)
 
 
-def inventing_of(shape: tuple[int, ...]) -> Inventing:
+def inventing_of(problem: ApiProblem, shape: tuple[int, ...]) -> Inventing:
     """Generators for inputs of this shape: two hidden layers for few numbers, convolutions for images."""
     from spolia.zoo import questions
 
-    small = math.prod(shape) <= 256
-    latent = _LATENT[small]
-    if small:
-        return Inventing(lambda d: questions.FlatQuestions(shape, latent, generator=d), latent, questions.inked)
+    flat = math.prod(shape) <= 256 if problem.questions is None else problem.questions == "flat"
+    latent, width = _LATENT[flat], problem.questions_width
     act = questions.inked if shape[0] == 1 else questions.coloured
+    if flat:
+        return Inventing(lambda d: questions.FlatQuestions(shape, latent, width, generator=d), latent, act)
     channels, side = shape[0], shape[-1]
-    return Inventing(lambda d: questions.ImageQuestions(channels, side, latent, generator=d), latent, act)
+    return Inventing(lambda d: questions.ImageQuestions(channels, side, latent, width, generator=d), latent, act)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _LR, _BATCH = 1e-3, 64  # Adam
 _DIGITS_STEPS = 200
-_WIDTHS = {"mlp": 64, "conv": 8, "conv4": 32}
+_WIDTHS = {"mlp": 64, "conv": 8, "conv2": 32, "conv4": 32}
 _RESNET_WIDTH = 16
 _LOT = 512  # inputs of a forward pass when judging
 
@@ -38,12 +38,20 @@ def network_of(kind: str, shape: Sequence[int], classes: int, draws: Generator, 
     from spolia.runs.continual_streams import mlp
 
     width = width or _WIDTHS.get(kind, _RESNET_WIDTH)
+    if kind == "linear":
+        from spolia.zoo.mlp import linear
+
+        return torch.nn.Sequential(torch.nn.Flatten(), linear(math.prod(shape), classes, draws))
     if kind == "mlp":
         return mlp(math.prod(shape), width, classes, draws)
     if kind == "conv":
         from spolia.zoo.small import SmallNet
 
         return SmallNet("conv", width, classes, generator=draws)
+    if kind == "conv2":
+        from spolia.zoo.conv2 import Conv2
+
+        return Conv2(classes, channels=shape[0], width=width, size=shape[-1], generator=draws)
     if kind == "conv4":
         from spolia.zoo.conv4 import Conv4
 
@@ -61,13 +69,15 @@ def train_expert(
     test: Part,
     seed: int,
     *,
+    width: int | None = None,
     epochs: float | None = None,
     device: str = "cpu",
 ) -> Trained:
     """An expert of `classes`, in their order, from the examples of `train`; by default so many steps as suit digits."""
     names = ("api expert", kind, *classes)
-    network = network_of(kind, shape, len(classes), torch.Generator().manual_seed(entropy(seed, *names) % 2**63))
-    network, draws = network.to(device), generator(seed, *names, "batches")
+    drawn = torch.Generator().manual_seed(entropy(seed, *names) % 2**63)
+    network = network_of(kind, shape, len(classes), drawn, width).to(device)
+    draws = generator(seed, *names, "batches")
     own = {label: place for place, label in enumerate(classes)}
     steps = _DIGITS_STEPS if epochs is None else max(1, round(epochs * len(train) / _BATCH))
     optimizer = torch.optim.Adam(network.parameters(), lr=_LR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from spolia.methods.continual.learner import as_floats
 from spolia.parts.api import Api, Budget, Contract, Price
 from spolia.parts.api_stream import api_stream
 from spolia.parts.stream import Part, Stream
+from spolia.runs.apis_entries import ROUTER, lines_of
 from spolia.runs.apis_experts import Trained, contract_of, train_expert
 from spolia.runs.apis_problems import DigitsApis, addresses, as_stream
 from spolia.runs.apis_rounds import rounds_of
@@ -23,6 +25,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spolia.data.labelled import Labelled
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A model that is asked as an API, under its name."""
+
+    name: str
+    trained: Trained
+    contract: Contract
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,11 @@ class Ground:
         return replace(self.labelled, experiences=tuple(replace(e, train=own.train) for e, own in pairs))
 
 
-def ground_of(recipe: StudyRecipe, seed: int, store: Path) -> Ground:
-    """Data, experts and stream of a seed. Experts of this process are trained; others are looked at."""
+def ground_of(recipe: StudyRecipe, seed: int, store: Path | None = None) -> Ground:
+    """Data, experts and stream of a seed. Experts of this process are trained; others are looked at.
+
+    `store`: the file that keeps what came over HTTP. Without one answers are not kept, and only this ground's are counted.
+    """
     from spolia.runs.continual_streams import labelled_of, stream_of
 
     problem: Any = recipe.problem
@@ -68,27 +82,46 @@ def names_of(problem: Any, labelled: Stream, held: Labelled) -> list[str]:
     return [f"{problem.data}:{e.place + 1}" for e in labelled.experiences]
 
 
-def _local(problem: Any, labelled: Stream, held: Labelled, seed: int) -> tuple[list[Api], list[float]]:
-    """Experts trained here, each asked as a function."""
-    apis, accuracies = [], []
+def trained_experts(problem: Any, seed: int) -> list[Expert]:
+    """The experts that a problem without addresses has: what a server serves for one that has some."""
+    from spolia.runs.continual_streams import labelled_of, stream_of
+
+    continual = as_stream(problem)
+    held = labelled_of(continual, seed)
+    return _trained(problem, stream_of(continual, held, seed), held, seed)
+
+
+def _trained(problem: Any, labelled: Stream, held: Labelled, seed: int) -> list[Expert]:
     more: dict[str, Any] = {}
     if not isinstance(problem, DigitsApis):
-        more = {"epochs": problem.expert_epochs, "device": problem.device}
-    price = Price(item=problem.price / 1000, currency=problem.currency)
-    names = names_of(problem, labelled, held)
+        more = {"width": problem.expert_width, "epochs": problem.expert_epochs, "device": problem.device}
+    experts, names = list[Expert](), names_of(problem, labelled, held)
     for name, experience, test in zip(names, labelled.experiences, labelled.tests, strict=True):
         kind = problem.experts[experience.place % len(problem.experts)]
         trained = train_expert(kind, held.shape, experience.classes, experience.train, test.examples, seed, **more)
-        contract = contract_of(problem, _classes(held, labelled, experience.classes), held.shape)
-        apis.append(Api.calling(_function(trained, contract), contract, name=name, price=price))
-        accuracies.append(trained.accuracy)
-    return apis, accuracies
+        experts.append(
+            Expert(name, trained, contract_of(problem, _classes(held, labelled, experience.classes), held.shape))
+        )
+    return experts
 
 
-def _remote(recipe: StudyRecipe, labelled: Stream, held: Labelled, store: Path) -> list[Api]:
-    """APIs behind HTTP, with one store for their answers; all seeds together may ask so much."""
-    problem = recipe.problem
-    budget = Budget(items=problem.budget * recipe.seeds)
+def _local(problem: Any, labelled: Stream, held: Labelled, seed: int) -> tuple[list[Api], list[float]]:
+    """Experts trained here, each asked as a function."""
+    experts, price = (
+        _trained(problem, labelled, held, seed),
+        Price(item=problem.price / 1000, currency=problem.currency),
+    )
+    apis = [Api.calling(_function(e.trained, e.contract), e.contract, name=e.name, price=price) for e in experts]
+    return apis, [expert.trained.accuracy for expert in experts]
+
+
+def _remote(recipe: StudyRecipe, labelled: Stream, held: Labelled, store: Path | None) -> list[Api]:
+    """APIs behind HTTP, with one store for their answers; all lines and seeds together may ask so much."""
+    problem, asking = recipe.problem, [line.label for line in lines_of(recipe) if line.asks]
+    each = problem.budget * sum(label != ROUTER for label in asking)
+    tests = [len(test.examples) for test in labelled.tests]
+    each += sum(accumulate(tests)) if ROUTER in asking else 0  # what was met so far, again after every API
+    budget = Budget(items=each * recipe.seeds)
     price = Price(item=problem.price / 1000, currency=problem.currency)
     apis = []
     for url, model in addresses(problem, names_of(problem, labelled, held)):

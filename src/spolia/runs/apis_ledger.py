@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -22,25 +23,28 @@ from spolia.runs.apis_rounds import rounds_of
 from spolia.runs.store import RunFolder
 from spolia.runs.studies import StudyRecipe
 
-QUERIES, GAP = "queries", "gap"
+QUERIES, COST, GAP = "queries", "cost", "gap"
+MEANINGS = {
+    ALONE: "no remembered queries and no similarity: what distillation one after the other forgets",
+    PLAIN: "finite differences through both networks",
+    ROUTER: "no model: every input to every API so far, the most confident one's word; paid for at test",
+    FEW: "the few real examples and no API",
+    JOINT: "all real training data so far at each API",
+}
 SHOWN = 12  # queries of each API in the report
 
 
 def ledger(run: RunFolder, recipe: StudyRecipe, found: list[dict[str, Any]]) -> dict[str, Any]:
     """results.json."""
-    lines, problem = lines_of(recipe), recipe.problem
-    rows = ledger_rows(
-        by_line(found),
-        task_of(problem),
-        against={line.label: line.against for line in lines if line.against},
-        baselines=[line.label for line in lines if not line.own],
-        each=False,
-    )
+    lines, problem, learners = lines_of(recipe), recipe.problem, by_line(found)
+    baselines = [line.label for line in lines if not line.own]
+    against = {line.label: line.against for line in lines if line.against}
+    rows = ledger_rows(learners, task_of(problem), against=against, baselines=baselines, each=False)
     return run.ledger(
         recipe.name,
         data=data_touched(problem),
         seeds=recipe.every_seed[: len(found)],
-        rows=[*rows, *_asked_rows(recipe, found)],
+        rows=[*rows, *asked_rows(learners, baselines, problem)],
         notes=_notes(recipe, found),
     )
 
@@ -70,18 +74,19 @@ def data_touched(problem: ApiProblem) -> dict[str, str]:
     }
 
 
-def _asked_rows(recipe: StudyRecipe, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Items by line and API."""
+def asked_rows(
+    found: Mapping[str, Sequence[dict[str, Any]]], baselines: Sequence[str], problem: ApiProblem
+) -> list[dict[str, Any]]:
+    """Items by line and API, and what they cost where the problem has a price. `found[line]` has one entry a seed."""
     rows = []
-    own = [line.label for line in lines_of(recipe) if not line.own]
-    for label, seeds in by_line(found).items():
-        names = list(seeds[0]["asked"])
-        for name in [*names, AVERAGE] if names else ():
-            each = [fmean(one["asked"].values()) if name == AVERAGE else one["asked"][name] for one in seeds]
-            row = {"method": label, "task": name, "metric": QUERIES, "unit": "items", "mean": fmean(each)}
-            rows.append(
-                row | {"low": None, "high": None, "n": len(each)} | ({"baseline": True} if label in own else {})
-            )
+    for metric, unit, price in ((QUERIES, "items", 1.0), (COST, problem.currency, problem.price / 1000)):
+        for label, seeds in found.items() if price else ():
+            names = list(seeds[0]["asked"])
+            for name in [*names, AVERAGE] if names else ():
+                each = [fmean(one["asked"].values()) if name == AVERAGE else one["asked"][name] for one in seeds]
+                row = {"method": label, "task": name, "metric": metric, "unit": unit, "mean": price * fmean(each)}
+                row |= {"low": None, "high": None, "n": len(each)}
+                rows.append(row | ({"baseline": True} if label in baselines else {}))
     return rows
 
 
@@ -100,15 +105,8 @@ def _notes(recipe: StudyRecipe, found: list[dict[str, Any]]) -> str:
         mean = {name: fmean(one["lines"][own]["asked"][name] for one in found) for name in found[0]["apis"]}
         told = ", ".join(f"{name} {items * problem.price / 1000:.2f}" for name, items in mean.items())
         lines.append(f"Estimated cost of {own} in {problem.currency}, a seed: {told}.")
-    known = {
-        ALONE: "no remembered queries and no similarity: what distillation one after the other forgets",
-        PLAIN: "finite differences through both networks",
-        ROUTER: "no model: every input to every API so far, the most confident one's word; paid for at test",
-        FEW: "the few real examples and no API",
-        JOINT: "all real training data so far at each API",
-    }
     present = found[0]["lines"]
-    lines.append(" ".join(f"`{label}`: {what}." for label, what in known.items() if label in present))
+    lines.append(" ".join(f"`{label}`: {what}." for label, what in MEANINGS.items() if label in present))
     lines.append(f"{CLASS_IL} and {TASK_IL} come from the same run: each API only ranks its own classes.")
     if spent := found[-1].get("spent"):
         told = "; ".join(_spent(name, one, problem) for name, one in spent.items())

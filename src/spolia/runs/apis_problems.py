@@ -36,6 +36,10 @@ class ApiProblem(Shape):
         description="HTTP in the place of experts of this process: one server for all, or http://HOST/v2/models/NAME of each",
     )
     token: str | None = Field(None, description="environment variable that holds the servers' bearer token")
+    questions: Literal["flat", "images"] | None = Field(
+        None, description="generators: linear layers or convolutions; null: flat for inputs of 256 numbers or fewer"
+    )
+    questions_width: int = Field(128, description="hidden units or channels of the generators", ge=2)
     baselines: bool | None = Field(
         None, description="lines beside the method's own that ask too; null: where asking costs nothing"
     )
@@ -67,13 +71,16 @@ class PackedApis(ApiProblem):
     source: Literal["packed_apis"] = Field(description="experts of an npz file: see spolia.data.images")
     data: str = Field("cifar10_full_jpeg75", description="the file's name without .npz")
     folder: Path | None = Field(None, description="where the data lie; by default the folder that SPOLIA_DATA names")
-    size: int | None = Field(None, description="pixels of a side, a multiple of 4; null: as they are", ge=8)
+    size: int | None = Field(None, description="pixels of a side: half, double or more; null: as they are", ge=8)
     channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for colour")
     most: int | None = Field(None, description="images read of each part, from the first on", ge=1)
-    experts: list[Literal["mlp", "conv4", "resnet8", "resnet14", "resnet20"]] = Field(
+    experts: list[Literal["linear", "mlp", "conv2", "conv4", "resnet8", "resnet14", "resnet20"]] = Field(
         default_factory=lambda: ["conv4", "resnet8", "mlp"],
         description="architectures of the experts, in turn",
         min_length=1,
+    )
+    expert_width: int | None = Field(
+        None, description="hidden units or channels of the experts; null: mlp 64, conv2 and conv4 32, a ResNet 16", ge=2
     )
     expert_epochs: float = Field(5.0, description="readings of its own classes that an expert is trained for", gt=0)
     network: Literal["mlp", "conv4", "resnet8", "resnet14", "resnet20"] = Field(
@@ -127,8 +134,9 @@ def check_problem(problem: ApiProblem, settings: Any, where: Where, problems: Pr
             problems.add(
                 where(("problem", "experts")), "a ResNet takes colour", "write `channels: 3`, or other networks"
             )
-        if problem.size is not None and problem.size % 4:
-            problems.add(where(("problem", "size")), f"{problem.size}", "give a multiple of 4")
+        if problem.size is not None and problem.size < 16 and "conv4" in [*problem.experts, problem.network]:
+            mend = "give 16 pixels or more, or other networks"
+            problems.add(where(("problem", "experts")), f"conv4 for images of {problem.size}", mend)
     if not problems.errors:
         rounds, once, each = rounds_of(problem, settings)
         if rounds < 1:

@@ -36,11 +36,11 @@ class FlatQuestions(nn.Module):
 
 
 class ImageQuestions(nn.Module):
-    """Noise [n, latent] to images [n, channels, side, side], side a multiple of 4: grown twofold twice."""
+    """Noise [n, latent] to images [n, channels, side, side]: grown twofold twice, and cut where side is no multiple of 4."""
 
     def __init__(self, channels: int = 3, side: int = 32, latent: int = 256, width: int = 128, *, generator: Generator):
         super().__init__()
-        self.latent, self.width, self.start = latent, width, side // 4
+        self.latent, self.width, self.side, self.start = latent, width, side, math.ceil(side / 4)
         self.first = linear(latent, width * self.start**2, generator)
         self.grown = nn.Sequential(
             _norm2(width),
@@ -52,7 +52,7 @@ class ImageQuestions(nn.Module):
         )  # fmt: skip
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.grown(self.first(z).view(len(z), self.width, self.start, self.start))
+        return self.grown(self.first(z).view(len(z), self.width, self.start, self.start))[..., : self.side, : self.side]
 
 
 def inked(v: Tensor) -> Tensor:
