@@ -16,8 +16,11 @@ BASE, INDIVIDUAL = "base", "experts, each on its own"
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5)
 HELD, TEST = "unlabelled", "test"  # what a method adapts on
 TA, TIES, ADAMERGING = "task_arithmetic, scale chosen", "ties, scale chosen", "adamerging, layer-wise"
-REPAIRED = (AVERAGE, TA, TIES, ADAMERGING)
-IN_REGIMES = (AVERAGE, "task_arithmetic", TA, "ties", TIES, "awd, scale chosen", "iso_c, scale chosen", ADAMERGING)
+BY_EXPERTS, NO_GUARD = f"{ADAMERGING}, KL to the experts", f"{ADAMERGING}, no guard"
+REPAIRED = (AVERAGE, TA, TIES, ADAMERGING, BY_EXPERTS)
+IN_REGIMES = (
+    AVERAGE, "task_arithmetic", TA, "ties", TIES, "awd, scale chosen", "iso_c, scale chosen", ADAMERGING, NO_GUARD, BY_EXPERTS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ def entries(recipe: Recipe) -> Iterator[Entry]:
         for way, granularity in (("task-wise", "task"), ("layer-wise", "tensor")):
             asked = steps | {"granularity": granularity, "preprocess": preprocess}
             yield Entry(f"{method}, {way}", "adamerging", asked, seen=HELD)
+            if way == "layer-wise" and preprocess == "none":
+                yield Entry(NO_GUARD, "adamerging", asked | {"guard": "none"}, seen=HELD)
+                yield Entry(BY_EXPERTS, "adamerging", asked | {"objective": "expert"}, seen=HELD)
             if way == "layer-wise" and preprocess != "awd":
                 papers = asked | {"guard": "none", "held_out": 0.0}
                 yield Entry(f"{method}, {way}, on test inputs", "adamerging", papers, seen=TEST)
