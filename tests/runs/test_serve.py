@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +17,7 @@ httpx = pytest.importorskip("httpx")
 from spolia.errors import SpoliaError  # noqa: E402
 from spolia.parts.api import Api, Contract  # noqa: E402
 from spolia.parts.api_v2 import LENGTH, packed, unpacked  # noqa: E402
-from spolia.runs.serve import application, served  # noqa: E402
+from spolia.runs.serve import _listening, application, served  # noqa: E402
 from spolia.runs.serve_experts import open_expert  # noqa: E402
 from spolia.runs.serve_requests import Served, answering  # noqa: E402
 
@@ -208,3 +209,10 @@ def test_a_folder_of_transformers_is_served_as_it_answers(tmp_path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(SpoliaError, match=r"config\.json"):
         open_expert(str(tmp_path))
+
+
+def test_an_answer_does_not_wait_for_its_headers_to_be_acknowledged() -> None:
+    with _listening("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        taken, _ = listening.accept()
+        with taken:
+            assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
