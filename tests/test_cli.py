@@ -32,7 +32,7 @@ def test_looking_around_imports_nothing_heavy(tmp_path):
         ["--help"], [], ["list"], ["list", "sign", "--json"], ["show", "ties"], ["show", "slerp", "--json"],
         ["new", "ties"], ["schema"], ["run", "--help"], ["run", "merge/tis"], ["plan", "merge/ties", "method.lrr=3"],
         ["merge", "none.yml", "out"], ["import", "--help"], ["import", "none.pt", "-o", "out"],
-        ["link"], ["link", "demo", "--help"],
+        ["link"], ["link", "demo", "--help"], ["sweep", "--help"], ["ui", "--help"], ["push", "--help"],
     ]  # fmt: skip
     program = (
         "import json, sys\nfrom spolia.cli import main\n"

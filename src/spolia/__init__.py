@@ -14,6 +14,7 @@ _DOORS = {
     "merge": "spolia.runs.verbs",
     "plan": "spolia.runs.verbs",
     "run": "spolia.runs.verbs",
+    "sweep": "spolia.runs.sweep",
     "report": "spolia.runs.verbs",
     "masks": "spolia.runs.masking",
     "attach": "spolia.runs.masking",
@@ -28,6 +29,7 @@ _DOORS = {
     "attach_prompts": "spolia.runs.prompted",
     "inspect": "spolia.runs.inspection",
     "compare": "spolia.runs.comparison",
+    "push": "spolia.runs.push",
     "load_recipe": "spolia.runs.recipe",
     "Recipe": "spolia.runs.recipe",
     "SpoliaError": "spolia.errors",
@@ -79,9 +81,11 @@ if TYPE_CHECKING:
     from spolia.runs.meta import meta as meta
     from spolia.runs.prompted import attach_prompts as attach_prompts
     from spolia.runs.prompted import save_prompts as save_prompts
+    from spolia.runs.push import push as push
     from spolia.runs.recipe import Recipe as Recipe
     from spolia.runs.recipe import load_recipe as load_recipe
     from spolia.runs.surgery import surgery as surgery
+    from spolia.runs.sweep import sweep as sweep
     from spolia.runs.verbs import merge as merge
     from spolia.runs.verbs import plan as plan
     from spolia.runs.verbs import report as report

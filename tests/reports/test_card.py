@@ -53,7 +53,7 @@ def parts(card):
 
 def test_metadata(facts):
     front, _ = parts(render_card(facts))
-    assert front["base_model"] == ["base", "ann/math", "code"]
+    assert front["base_model"] == ["ann/math"]  # names without an owner are other models on a hub
     assert front["base_model_relation"] == "merge"
     assert front["tags"] == ["merge", "spolia", "ties"]
     assert front["library_name"] == "safetensors"
@@ -160,12 +160,14 @@ def test_transformers_where_there_is_a_config(facts):
     assert parts(card)[0]["library_name"] == "transformers"
     assert 'AutoModelForCausalLM.from_pretrained("ties-digits")' in card
     assert "AutoModel.from_pretrained" in render_card(facts | {"config": {"model_type": "x"}})
+    own = render_card(facts | {"config": {"model_type": "spolia_small"}})  # which transformers does not know
+    assert "load_file" in own and parts(own)[0]["library_name"] == "safetensors"
     assert "load_file" in render_card(facts)
 
 
 def test_a_card_of_nothing():
     front, body = parts(render_card({}))
-    assert front["base_model"] == [] and "merged model" in body
+    assert "base_model" not in front and "merged model" in body
 
 
 def test_names_cannot_break_metadata_or_markdown(facts):

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from spolia import __version__
-from spolia.cli import links, looking, models, recipes, serving
+from spolia.cli import links, looking, models, pushing, recipes, serving, sweeping, watching
 from spolia.runs import telling
 
 app = typer.Typer(
@@ -50,11 +50,14 @@ app.command()(looking.new)
 app.command()(looking.schema)
 app.command()(recipes.plan)
 app.command()(recipes.run)
+app.command()(sweeping.sweep)
 app.command()(recipes.merge)
 app.command("import")(models.import_)
 app.command()(models.inspect)
 app.command()(models.compare)
 app.command()(recipes.report)
+app.command()(watching.ui)
+app.command()(pushing.push)
 app.command()(recipes.demo)
 app.command()(serving.serve)
 app.command()(looking.doctor)

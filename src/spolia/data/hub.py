@@ -72,7 +72,7 @@ def _reason(text: str, error: Exception) -> str:
     }
     if kind in told:
         return f"`{text}` {told[kind]}"
-    if _unreachable(error):
+    if unreachable(error):
         return f"`{text}` is no folder here, not in the cache, and the hub cannot be reached"
     return f"`{text}` could not be fetched: {' '.join(str(error).split())[:160] or kind}"
 
@@ -83,11 +83,12 @@ def _cure(error: Exception, by_hand: str) -> str:
         return "ask for access on its page, then `hf auth login`"
     if kind in ("RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"):
         return "check owner, name and revision; for a private model `hf auth login`; for a folder, its path"
-    return by_hand if _unreachable(error) else f"try again; or {by_hand}"
+    return by_hand if unreachable(error) else f"try again; or {by_hand}"
 
 
-def _unreachable(error: Exception) -> bool:
+def unreachable(error: Exception) -> bool:
+    """Whether nobody was there to answer; by name, for the library's transport may be requests or httpx."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(
-        names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "Timeout"}
+        names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "TransportError", "Timeout"}
     )

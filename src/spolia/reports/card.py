@@ -84,9 +84,11 @@ def _front(facts: dict[str, Any]) -> str:
     import yaml
 
     method = words.name(facts.get("method"))
-    front: dict[str, Any] = {"base_model": list(dict.fromkeys(name for _, name, _ in _models(facts)))}
-    front["base_model_relation"] = "merge"
-    front["library_name"] = "transformers" if facts.get("config") else "safetensors"
+    front: dict[str, Any] = {}
+    owned = list(dict.fromkeys(name for _, name, _ in _models(facts) if "/" in name))
+    if owned:  # a bare name would be somebody else's model on a hub
+        front |= {"base_model": owned, "base_model_relation": "merge"}
+    front["library_name"] = "transformers" if _transformers(facts) else "safetensors"
     front["tags"] = ["merge", "spolia", *([method] if method else [])]
     if _inherited(facts):
         front["license"] = _inherited(facts)
@@ -94,6 +96,12 @@ def _front(facts: dict[str, Any]) -> str:
     if scores:
         front["model-index"] = [{"name": _title(facts), "results": scores}]
     return "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000) + "---"
+
+
+def _transformers(facts: dict[str, Any]) -> bool:
+    """Whether the folder's config is one that transformers reads: our own networks have one too."""
+    config = facts.get("config")
+    return bool(config) and not (isinstance(config, dict) and str(config.get("model_type")).startswith("spolia_"))
 
 
 def _scores(facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -210,7 +218,7 @@ def _licence(facts: dict[str, Any]) -> str:
 
 def _load(facts: dict[str, Any]) -> str:
     folder, config = _title(facts), facts.get("config")
-    if config:
+    if _transformers(facts):
         named = config.get("architectures") if isinstance(config, dict) else None
         first = str(named[0]) if isinstance(named, list) and named else ""
         first = first.replace("LMHeadModel", "ForCausalLM")  # what GPT-2's class is called

@@ -8,7 +8,7 @@ from typing import Any
 
 from spolia.reports import words
 from spolia.reports.folder import RunRecord
-from spolia.reports.ledger import Difference, Table
+from spolia.reports.ledger import Difference, Line, Table
 from spolia.reports.tables import show_value
 
 MOST_LINES = 300
@@ -47,7 +47,7 @@ def gather(run: RunRecord, tables: list[Table]) -> dict[str, Any]:
         "message": words.text(status.get("message"), 2000),
         "phase_now": words.name(status.get("phase")) if run.state != "finished" else "",
         "summary": summary,
-        "glance": _glance(run),
+        "glance": glance(run),
         "tables": [bounded(table) for table in tables],
         "paired": [bounded(t) for t in tables if _paired_columns(t)],
         "phases": _phases(run),
@@ -92,20 +92,17 @@ def verdict(pair: Difference, lower_is_better: bool) -> str:
 def sentence(tables: list[Table], run: RunRecord) -> str:
     """One sentence of what came out, for runs that left none themselves."""
     table = tables[0] if tables else None
-    lines = table.lines if table else ()
-    scored = [(c.mean, line) for line in lines if (c := line.cells[-1]) and words.finite(c.mean)]
-    rivals = [(mean, line) for mean, line in scored if not line.baseline] or scored
-    if not table or not rivals:
+    ranked = rivals(table) if table else []
+    if not table or not ranked:
         title = words.name(run.plan.get("title"), 200)
         return f"{title[:1].upper()}{title[1:]}; nothing has been measured." if title else "Nothing has been measured."
-    best = (min if table.lower_is_better else max)(rivals, key=lambda rival: rival[0])[1]
+    best = ranked[0]
     unit = f" {table.unit}" if table.unit else ""
     value = show_value(best.cells[-1], table.digits, "mean")
     place = "on average over the tasks" if len(table.columns) > 1 else f"on {table.columns[0]}"
-    if len(rivals) > 1:
-        said = (
-            f"Of {len(rivals)} {'baselines' if best.baseline else 'methods'}, {best.method} has the best {table.metric}"
-        )
+    if len(ranked) > 1:
+        kind = "baselines" if best.baseline else "methods"
+        said = f"Of {len(ranked)} {kind}, {best.method} has the best {table.metric}"
         said += f": {value}{unit} {place}"
     else:
         said = f"The {table.metric} of {best.method} is {value}{unit} {place}"
@@ -117,7 +114,15 @@ def sentence(tables: list[Table], run: RunRecord) -> str:
     return said + "."
 
 
-def _glance(run: RunRecord) -> list[tuple[str, str]]:
+def rivals(table: Table) -> list[Line]:
+    """Methods with a value in the last column, the best first; baselines where no method has one."""
+    scored = [(c.mean, line) for line in table.lines if (c := line.cells[-1]) and words.finite(c.mean)]
+    named = [(mean, line) for mean, line in scored if not line.baseline] or scored
+    return [line for _, line in sorted(named, key=lambda rival: rival[0], reverse=not table.lower_is_better)]
+
+
+def glance(run: RunRecord) -> list[tuple[str, str]]:
+    """The few facts that stand on top: method, seeds, time, memory, date, source."""
     plan, env, status = run.plan, run.env, run.status
     took = _elapsed(status)
     git = env.get("git") if isinstance(env.get("git"), dict) else {}
@@ -131,7 +136,7 @@ def _glance(run: RunRecord) -> list[tuple[str, str]]:
         else ("seed", words.name(env.get("seed"))),
         ("time", took),
         ("peak memory", memory),
-        ("finished" if status.get("finished") else "started", _moment(status.get("finished") or status.get("started"))),
+        ("finished" if status.get("finished") else "started", moment(status.get("finished") or status.get("started"))),
         ("source", commit + (" + changes" if git.get("dirty") else "") if commit else ""),
     ]
     return [(label, value) for label, value in entries if value and value != words.MISSING]
@@ -149,7 +154,8 @@ def _elapsed(status: dict[str, Any]) -> str:
     return words.duration(span.total_seconds())
 
 
-def _moment(value: Any) -> str:
+def moment(value: Any) -> str:
+    """An ISO time to the minute; anything else as it is."""
     try:
         return datetime.fromisoformat(str(value)).strftime("%Y-%m-%d %H:%M")
     except ValueError:

@@ -9,6 +9,7 @@ import base64
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -53,25 +54,29 @@ def page(run: RunRecord) -> str:
     drawings, gaps = _drawings(run, tables)
     facts = gather(run, tables) | {"gaps": run.gaps + gaps}
     facts["tables_csv"] = _address("text/csv", to_csv(*tables)) if tables else ""
-    whole = _template().render(facts, drawings=drawings)
+    template = environment().get_template("report.html.j2")
+    whole = template.render(facts, drawings=drawings)
     if len(whole.encode("utf-8", "replace")) < MOST_BYTES:
         return whole
     facts["gaps"].append("the page grew too large and has no figures; their numbers are in the run folder")
-    return _template().render(facts, drawings={})
+    return template.render(facts, drawings={})
 
 
 def _minus(shown: str) -> str:
     return re.sub(r"-(?=[\d.i])", "\N{MINUS SIGN}", shown)
 
 
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
+@cache
+def environment() -> Any:
+    """Jinja for the templates of this room; what goes into them is escaped."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    room = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    here = FunctionLoader(lambda file: files("spolia.reports").joinpath(file).read_text(encoding="utf-8"))
+    room = Environment(loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     room.filters["minus"] = _minus
     tools: dict[str, Any] = {"show_value": show_value, "verdict": verdict}
     room.globals |= tools | {"size": words.size, "name": words.name, "fixed": words.fixed}
-    return room.from_string(files("spolia.reports").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    return room
 
 
 def _address(kind: str, content: str) -> str:

@@ -20,6 +20,11 @@ SLOW_DISK = 100e6  # bytes a second; below it a merge waits for the disk, not fo
 EXTRAS = (
     ("transformers", "llm", "loads and generates with merged language models, and checks that results load back"),
     ("scikit-learn", "digits", "the demo and every -tiny recipe"),
+    ("httpx", "api", "asks and serves experts over HTTP, and shows runs in the browser"),
+    ("huggingface_hub", "hub", "reads models from the hub by name, and pushes them there"),
+    ("optuna", "tune", "searches settings: sweep --search"),
+    ("submitit", "slurm", "sweeps as jobs of Slurm"),
+    ("ray", "ray", "sweeps on a Ray cluster"),
 )
 
 
