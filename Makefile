@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint docs bench clean
+.PHONY: help demo test check lint docs site bench clean
 
 help:  ## tell what can be made
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,11 +33,14 @@ lint: $(TOOLS)  ## style and types
 docs: $(READY)  ## fill settings tables and measured numbers into the pages
 	$(BIN)/python docs/fill.py
 
+site: $(TOOLS)  ## the pages as a site that can be searched, in build/site; warnings are errors
+	$(BIN)/python -m zensical build --strict
+
 bench: $(TOOLS)  ## measure merging; benchmarks/README.md tells how to read it and how to add the peer
 	$(BIN)/python benchmarks/merge.py
 
 clean:  ## remove what was made here, except runs/
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .cache .pytest_cache .ruff_cache .hypothesis
 	find src tests docs examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so that an interrupted installation is taken up again.

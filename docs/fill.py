@@ -1,20 +1,25 @@
-"""Fills the generated parts of the pages: settings tables from the code, numbers from docs/results.
+"""Fills the generated parts of the pages: settings and public names from the code, numbers from docs/results.
 
     python docs/fill.py            rewrites them in README.md, docs and benchmarks (also: make docs)
     python docs/fill.py --check    names what is stale; exit code 1 if anything is
 
-What may stand in a page is told in docs/results/README.md. Code blocks are left alone.
+What may stand in a page is told in docs/results/README.md; `api NAME; NAME` stands for public names of `spolia` (docs/api.md).
+Code blocks are left alone.
 """
 
 from __future__ import annotations
 
+import html
+import inspect
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import spolia
 from spolia.catalog import find
 from spolia.reports.figures import task_bars
 from spolia.reports.ledger import main_table
@@ -24,10 +29,12 @@ from spolia.runs.fields import FieldText, describe
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
-_PART = re.compile(r"(<!-- (table|value|settings) ([^>]*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
-_OPENING = re.compile(r"<!-- (?:table|value|settings) ")
+_PART = re.compile(r"(<!-- (table|value|settings|api) ([^>]*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+_OPENING = re.compile(r"<!-- (?:table|value|settings|api) ")
 _CODE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
+_FIRST = re.compile(r"(?<=\S)\n( *)(<!-- value [^>]*? -->[^<]*<!-- end -->\S*)(?:( )|(?=\n))")
 _FIELDS = ("mean", "low", "high", "n")
+WIDTH, LINE = 80, 128  # characters of a signature on one line, and of a line of prose
 
 
 def pages() -> list[Path]:
@@ -54,10 +61,18 @@ def _fill(text: str, results: Path) -> str:
         words = [word.strip() for word in asked.split(";")]
         if kind == "value":
             return start + _value(_ledger(words[0], results), words, old) + end
+        if kind == "api":
+            return f"{start}\n\n{public_names(words)}\n\n{end}"
         table = settings_table(words) if kind == "settings" else _table(_ledger(words[0], results), words)
         return f"{start}\n{table.strip()}\n{end}"
 
-    return _PART.sub(made, text)
+    return _led(_PART.sub(made, text))
+
+
+def _led(text: str) -> str:
+    """`text` with no number first in a line of a paragraph: builders of sites take a comment there for a block."""
+    moved = _FIRST.sub(lambda m: f" {m[2]}" + (f"\n{m[1]}" if m[3] else ""), text)
+    return moved if moved == text else _led(moved)
 
 
 def _ledger(name: str, results: Path) -> dict[str, Any]:
@@ -144,6 +159,89 @@ def _grouped(held: dict[str, FieldText], of: Callable[[FieldText], str]) -> str:
     return "; ".join(text if len(groups) == 1 else f"{text} ({', '.join(names)})" for text, names in groups.items())
 
 
+def public_names(names: list[str]) -> str:
+    """Names of `spolia`: for each its signature, what it is, and of a class what it can do."""
+    return "\n\n".join(part for name in names for part in _public(name))
+
+
+def _public(name: str) -> list[str]:
+    if name not in spolia.__all__:
+        raise ValueError(f"spolia has no `{name}`; known: {', '.join(spolia.__all__)}")
+    held = getattr(spolia, name)
+    # indented: generated parts hold no fences, for these are left alone
+    shown = textwrap.indent(_signature(name, held, WIDTH), "    ")
+    parts = [f"### {name}", shown, _wrapped(_told(held))]
+    if inspect.isclass(held):
+        own = [(n, m) for n, m in vars(held).items() if _offered(held, n, m)]
+        parts.append("\n".join(_member(held, n, m) for n, m in own))
+    return [part for part in parts if part]
+
+
+def _offered(owner: type, name: str, member: Any) -> bool:
+    """Whether it is a method or property; the default of a field may be a function too."""
+    if name.startswith("_") or name in getattr(owner, "__dataclass_fields__", ()):
+        return False
+    return isinstance(member, property | classmethod | staticmethod) or inspect.isfunction(member)
+
+
+def _member(owner: type, name: str, member: Any) -> str:
+    """A line of the list of what a class can do."""
+    if isinstance(member, property):
+        shown = f"{name}{_typed(inspect.signature(member.fget).return_annotation, ' -> ')}"  # type: ignore[arg-type]
+    elif inspect.isfunction(member):
+        shown = _signature(name, member, None).replace("(self, ", "(").replace("(self)", "()")
+    else:
+        shown = _signature(f"{owner.__name__}.{name}", getattr(owner, name), None)
+    told = _told(member)
+    return _wrapped(f"- `{shown}`" + (f": {told}" if told else ""), "  ")
+
+
+def _told(held: Any) -> str:
+    """The first paragraph of its documentation, on one line."""
+    text = inspect.getdoc(held) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, LINE, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _signature(name: str, held: Any, width: int | None) -> str:
+    """`name(…) -> …` as it stands in the code: on one line where that fits, else a parameter a line."""
+    shown = inspect.signature(held)
+    words: list[str] = []
+    for parameter in shown.parameters.values():
+        kind = parameter.kind
+        if kind is parameter.KEYWORD_ONLY and not any(word.startswith("*") for word in words):
+            words.append("*")
+        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(kind, "")
+        typed = _typed(parameter.annotation, ": ")
+        words.append(f"{star}{parameter.name}{typed}{_default(parameter.default, ' = ' if typed else '=')}")
+    end = ")" if inspect.isclass(held) else f"){_typed(shown.return_annotation, ' -> ')}"
+    line = f"{name}({', '.join(words)}{end}"
+    if width is None or len(line) <= width:
+        return line
+    return f"{name}(\n" + "".join(f"    {word},\n" for word in words) + end
+
+
+def _typed(annotation: Any, before: str) -> str:
+    if annotation is inspect.Signature.empty:
+        return ""
+    return before + (annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation)))
+
+
+def _default(value: Any, before: str) -> str:
+    if value is inspect.Parameter.empty:
+        return ""
+    if isinstance(value, str):
+        return f'{before}"{value}"'
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{before}{value:_}"
+    if inspect.isfunction(value) or inspect.isclass(value):
+        return before + value.__name__
+    return before + repr(value).replace("<factory>", "…")
+
+
 def _markdown(heads: list[str], rows: list[list[str]], numbers: bool = False) -> str:
     rule = ["---", *(["---:"] if numbers else ["---"]) * (len(heads) - 1)]
     cells = [[_cell(text) for text in row] for row in rows]
@@ -151,7 +249,9 @@ def _markdown(heads: list[str], rows: list[list[str]], numbers: bool = False) ->
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|") if text.startswith("`") else escape_markdown(text)
+    if text.startswith("`") and "|" in text:  # within code a table knows no escape that all readers share
+        return f"<code>{html.escape(text.strip('`'), quote=False).replace('|', '&#124;')}</code>"
+    return text if text.startswith("`") else escape_markdown(text)
 
 
 def picture(name: str) -> None:

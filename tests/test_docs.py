@@ -40,8 +40,9 @@ PAGES = sorted(
 METHOD_PAGES = sorted(HOUSE.glob("docs/methods/*/*.md"))
 HEADINGS = [
     *("What it does", "For whom", "Formula", "Settings", "Data touched", "Where we depart", "Published meanings"),
-    *("Command", "Python", "Oracles", "Source"),
+    *("Command", "Python", "Oracles", "What it costs", "Source"),
 ]
+OPTIONAL = {"What it costs"}
 MODELS = ("base", "math", "code", "chat")
 THEIRS = "merge_method: linear\nmodels:\n" + "".join(
     f"  - {{model: ./{name}, parameters: {{weight: 1}}}}\n" for name in MODELS[1:]
@@ -210,17 +211,40 @@ def _recipe_faults(block: Block, folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"^\s*```.*?^\s*```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
+    for target in re.findall(r"\]\(([^)#\s]+)", without_code(page.read_text(encoding="utf-8"))):
         if "://" not in target and not target.startswith("mailto:"):
             assert (page.parent / target).exists(), f"{name_of(page)}: there is no {target}."
+            if target.endswith(".md") and page.is_relative_to(HOUSE / "docs"):
+                inside = (page.parent / target).resolve().is_relative_to(HOUSE / "docs")
+                assert inside, f"{name_of(page)}: the site ends at docs; write `{target}` as code, without a link."
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_anchors_exist(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+        if "://" not in target:
+            held = (page.parent / target if target else page).read_text(encoding="utf-8")
+            titles = re.findall(r"^#+ (.+)$", without_code(held, spans=False), re.MULTILINE)
+            known = {slug(title) for title in titles}
+            assert anchor in known, f"{name_of(page)}: {target or 'it'} has no heading #{anchor}."
+
+
+def without_code(text: str, spans: bool = True) -> str:
+    text = re.sub(r"^\s*```.*?^\s*```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "", text) if spans else text
+
+
+def slug(title: str) -> str:
+    """The anchor of a heading, as GitHub and the site make it."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip())
 
 
 @pytest.mark.parametrize("page", METHOD_PAGES, ids=name_of)
 def test_method_pages_have_the_same_headings(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     found = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    assert found == HEADINGS, f"{name_of(page)}: the headings are {', '.join(HEADINGS)}, in this order."
+    asked = [heading for heading in HEADINGS if heading in found or heading not in OPTIONAL]
+    assert found == asked, f"{name_of(page)}: the headings are {', '.join(HEADINGS)}, in this order."
 
 
 @pytest.mark.parametrize("page", METHOD_PAGES, ids=name_of)
