@@ -233,6 +233,21 @@ class ExpertPool:
                 stack.enter_context(weights.opened())
             yield
 
+    def _repr_html_(self) -> str:
+        from spolia.core.shown import html_table
+
+        rows = [
+            (
+                "base" if m is self.base else "expert",
+                m.name,
+                m.task or "–",
+                len(m.weights.entries),
+                f"{m.weights.nbytes:,}",
+            )
+            for m in self.models
+        ]
+        return html_table(("role", "name", "task", "tensors", "bytes"), rows, "Pool of experts")
+
 
 def _name(given: Any, otherwise: str) -> str:
     return Path(given).name or str(given) if isinstance(given, str | os.PathLike) else otherwise

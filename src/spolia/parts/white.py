@@ -159,6 +159,20 @@ class WhitePool:
 
         return audited(self)
 
+    def _repr_html_(self) -> str:
+        from spolia.core.shown import html_table
+
+        rows = [
+            (
+                e.name,
+                e.domain or "–",
+                " x ".join(map(str, e.shape)),
+                "unknown" if e.classes is None else ", ".join(e.classes),
+            )
+            for e in self.experts
+        ]
+        return html_table(("name", "domain", "input", "classes"), rows, "Pool of classifiers")
+
     def _largest(self) -> Shape:
         sizes = [expert.shape for expert in self.experts]
         return max(s[0] for s in sizes), max(s[1] for s in sizes), max(s[2] for s in sizes)

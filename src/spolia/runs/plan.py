@@ -55,3 +55,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        from spolia.core.shown import html_text
+        from spolia.runs.describe import plan_text
+
+        return html_text(plan_text(self.to_dict()))

@@ -278,7 +278,21 @@ def run(
             raise SpoliaError("is a mergekit recipe", where=str(recipe), mend=f"spolia merge {recipe} OUT")
         recipe = check_recipe(source, overrides)
     target = Path(folder) if folder is not None else Path("runs") / recipe.short_name
-    return run_recipe(recipe, RunFolder(target), fresh=fresh, dry_run=dry_run, progress=progress)
+    done = run_recipe(recipe, RunFolder(target), fresh=fresh, dry_run=dry_run, progress=progress)
+    return RunPath(done) if isinstance(done, Path) else done
+
+
+class RunPath(type(Path())):  # Path itself has children from Python 3.12 on
+    """The path of a run folder, of which a notebook shows the tables."""
+
+    def _repr_html_(self) -> str:
+        from spolia.core.shown import html_text
+        from spolia.reports.tables import render
+
+        try:
+            return html_text(render(self), str(self))
+        except SpoliaError as error:
+            return html_text(str(error), str(self))
 
 
 def report(folder: str | os.PathLike[str]) -> Path:
