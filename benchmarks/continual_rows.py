@@ -26,6 +26,11 @@ class Row:
     lr: float
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     without: tuple[str, ...] = ()  # learners that the stream is not for
+    cut: str = ""  # what published tables have more of
+    tests: int | None = None  # inputs of each test; None: all
+    halved: bool = False  # images once more than `problem.size` says
+    memories: tuple[int, ...] = MEMORIES
+    sweep: tuple[str, ...] = ()  # learners of this row alone, whichever are asked for
 
     @property
     def judged(self) -> str:
@@ -36,58 +41,73 @@ def packed(data: str, **more: Any) -> PackedStream:
     return PackedStream(source="packed", data=data, **more)
 
 
-_GREY: dict[str, Any] = {"channels": 1, "network": "mlp", "epochs": 1, "batch": 10}
+_GREY: dict[str, Any] = {"channels": 1, "network": "mlp", "epochs": 2, "batch": 10}
+_SMALL: dict[str, Any] = {"size": 16, "network": "resnet8", "width": 8, "epochs": 2, "batch": 32, "augment": "crops"}
 _MNIST: dict[str, dict[str, Any]] = {
-    "lwf": {"lr": 0.03, "alpha": 1.0, "weight_decay": 0.0},
-    "er": {"lr": {200: 0.01, 500: 0.1}},
-    "derpp": {"lr": 0.03, "alpha": {200: 0.2, 500: 1.0}, "beta": {200: 1.0, 500: 0.5}},
-    "icarl": {"lr": 0.1, "weight_decay": 0.0},
+    "lwf": {"alpha": 1.0, "weight_decay": 0.0},
+    "derpp": {"alpha": {200: 0.2, 500: 1.0}, "beta": {200: 1.0, 500: 0.5}},
+    "icarl": {"lr": 0.1, "weight_decay": 0.0},  # its loss is a mean over classes
 }
+_SIXTY = "Published tables have 60,000 training images and read them once."
+_STRENGTHS = ("at 0.7 lr", *(f"+ refresh {how}" for how in ("0.03", "0.1", "0.3", "0.1 full", "0.3 full", "released")))
 ROWS = {
-    "mnist": Row("Split-MNIST", packed("mnist", **_GREY), 10, 0.03, _MNIST),
-    "fashion": Row("Split-Fashion", packed("fashion_mnist", **_GREY), 10, 0.03, _MNIST),
-    "rotated": Row(
-        "Rotated-MNIST",
-        packed("mnist", **{**_GREY, "batch": 128}, scenario="domain", domains="rotated", tasks=20),
-        128,
-        0.2,
-        {
-            "ewc": {"lr": 0.1},
-            "derpp": {"lr": {200: 0.1, 500: 0.2}, "alpha": {200: 1.0, 500: 0.5}, "beta": {200: 0.5, 500: 1.0}},
-        },
-        without=("lwf", "icarl"),
-    ),
+    "mnist": Row("Split-MNIST", packed("mnist", **_GREY), 10, 0.03, _MNIST, cut=_SIXTY),
+    "fashion": Row("Split-Fashion", packed("fashion_mnist", **_GREY), 10, 0.03, _MNIST, cut=_SIXTY),
     "cifar10": Row(
         "Split-CIFAR-10",
-        packed("cifar10_full_jpeg75", network="resnet8", epochs=5, batch=32, augment="crops", most=10_000),
+        packed("cifar10_full_jpeg75", most=10_000, **_SMALL),
         32,
         0.1,
         {
-            "ewc": {"lr": 0.03},
-            "lwf": {"lr": 0.01, "alpha": 3.0},
+            "lwf": {"alpha": 3.0},
             "er": {"weight": {200: 0.5, 500: 1.0}},
-            "derpp": {"lr": 0.03, "alpha": 0.1, "beta": 0.5},
+            "derpp": {"alpha": 0.1, "beta": 0.5},
         },
+        cut="Published tables have ResNet-18, 32 pixels, 50,000 images and 50 readings.",
+        tests=1000,
+    ),
+    "strength": Row(
+        "Split-MNIST, one reading",
+        packed("mnist", **{**_GREY, "epochs": 1}),
+        10,
+        0.1,
+        {"derpp": {"alpha": 0.2, "beta": 1.0}},
+        cut="Behind refresh stands its gamma; full: the whole loss is unlearned, not the batch's; at 0.7 lr: the host alone.",
+        memories=(200,),
+        sweep=tuple(line for host in ("er", "derpp") for line in (host, *(f"{host} {how}" for how in _STRENGTHS))),
+    ),
+    "rotated": Row(
+        "Rotated-MNIST",
+        packed("mnist", **{**_GREY, "epochs": 1, "batch": 128}, scenario="domain", domains="rotated", tasks=10),
+        128,
+        0.2,
+        {"derpp": {"alpha": {200: 1.0, 500: 0.5}, "beta": {200: 0.5, 500: 1.0}}},
+        without=("lwf", "icarl"),
+        cut="Published tables have 20 angles and 60,000 training images.",
+        tests=1000,
     ),
     "tiny": Row(
         "Split-Tiny-ImageNet-100",
-        packed("tiny_imagenet100", size=32, network="resnet8", tasks=10, epochs=10, batch=32, augment="crops"),
+        packed("tiny_imagenet100", tasks=10, **{**_SMALL, "size": 32}),
         32,
-        0.03,
-        {
-            "lwf": {"lr": 0.01, "alpha": 1.0},
-            "er": {"lr": {200: 0.1, 500: 0.03}},
-            "derpp": {"lr": 0.03, "alpha": {200: 0.1, 500: 0.2}, "beta": {200: 1.0, 500: 0.5}},
-        },
+        0.1,
+        {"derpp": {"alpha": 0.2, "beta": 0.5}},
+        without=("ewc", "lwf"),
+        halved=True,
+        cut="Published tables have 200 classes, 500 images of each at 64 pixels, ResNet-18 and 50 to 100 readings; EWC, LwF and"
+        " a memory of 200 were left out.",
+        memories=(500,),
     ),
 }
 
 
 def settings_of(row: Row, learner: str, memory: int | None) -> tuple[str, Any]:
-    """Method and settings of a learner; of `er + refresh` those of refresh around er's."""
+    """Method and settings of a learner; of `er + refresh 0.1 full` those of refresh around er's, of `er at 0.7 lr` er's."""
     host, _, around = learner.partition(" + ")
+    host, _, factor = host.partition(" at ")
     given = {"lr": row.lr} | row.settings.get(host, {})
     given = {name: _at(memory, value) if isinstance(value, dict) else value for name, value in given.items()}
+    given["lr"] *= float(factor.removesuffix(" lr") or 1)
     if memory is not None:
         given |= {"items": memory, "replay": row.replay}
     if host == "ewc":
@@ -95,8 +115,17 @@ def settings_of(row: Row, learner: str, memory: int | None) -> tuple[str, Any]:
     settings = find(host).settings_class()(**given)
     if not around:
         return host, settings
-    more = {"host": host, "host_settings": settings.model_dump(mode="json"), "fisher": "sampled"}
-    return around, find(around).settings_class()(**more)
+    name, *words = around.split()
+    more = {"host": host, "host_settings": settings.model_dump(mode="json"), "fisher": "sampled"} | _said(words)
+    return name, find(name).settings_class()(**more)
+
+
+def _said(words: list[str]) -> dict[str, Any]:
+    """Settings of refresh that stand in a line's name: its strength, the loss, the form."""
+    if "released" in words:
+        return {"form": "released"}
+    full = {"loss": "full"} if "full" in words else {}
+    return full | ({"gamma": float(words[0])} if words else {})
 
 
 def _at(memory: int | None, values: dict[int, Any]) -> Any:
@@ -110,17 +139,20 @@ def label_of(learner: str, memory: int | None) -> str:
 
 def lines(row: Row, learners: list[str], memories: list[int]) -> list[tuple[str, int | None]]:
     """Learners and memories of a stream."""
+    if row.sweep:
+        return [(name, memory) for memory in row.memories for name in row.sweep]
     asked = [name for name in learners if name not in row.without]
     found: list[tuple[str, int | None]] = [(name, None) for name in asked if name in WITHOUT]
-    return found + [(name, memory) for memory in memories for name in asked if name in WITH]
+    return found + [(name, memory) for memory in memories if memory in row.memories for name in asked if name in WITH]
 
 
 def against_of(labels: list[str]) -> dict[str, str]:
-    """What each line's differences are taken from: refresh from its host, of the same memory."""
+    """What each line's differences are taken from: refresh, or a lower learning rate, from its host, of the same memory."""
     found = {}
     for label in labels:
         learner, _, memory = label.partition(", ")
-        base = learner.removesuffix(" + refresh") if learner.endswith(" + refresh") else AGAINST.get(learner, "")
+        host = learner.partition(" + ")[0].partition(" at ")[0]
+        base = AGAINST.get(learner, "") if host == learner else host
         for other in (f"{base}, {memory}", base):
             if other in labels and other != label:
                 found[label] = other

@@ -1,16 +1,21 @@
 """Continual tables on real images: fine-tuning, joint training, EWC, LwF, ER, DER++, iCaRL, and refresh around ER and DER++.
 
-    SPOLIA_DATA=FOLDER python benchmarks/continual_tables.py --work FOLDER     everything; hours, goes on where it stopped
+    SPOLIA_DATA=FOLDER python benchmarks/continual_tables.py --work FOLDER     everything; goes on where it stopped
     … --only mnist,rotated --learners er,derpp --memories 200 --seeds 1        some rows
     … --estimate                                                               some steps of each row, and its time
     … --quick                                                                  a few steps: does everything run?
-    … --budget 0.2 --device cuda                                               a fifth of all readings; on a GPU
+    … --budget 5 --device cuda                                                 five times all readings; on a GPU
 
-Streams: Split-MNIST, Split-Fashion, Split-CIFAR-10 (JPEG file), each 5 tasks of 2 classes; Rotated-MNIST, 20 angles;
-Split-Tiny-ImageNet-100, 10 tasks of 10 classes at 32 pixels. Class order is that of the labels, angles are each seed's own.
-Learning rates, weights and batches are those of mammoth's tables where these have the stream, found there for other networks
-and more readings: numbers compare with each other first. EWC's strength is one for the true Fisher, 10. In one seed all
-learners have the same network, batches and angles; differences are taken seed by seed.
+Streams, one table after the other: Split-MNIST, Split-Fashion, Split-CIFAR-10 (JPEG file, 16 pixels), each 5 tasks of 2
+classes; strength, refresh of several strengths on Split-MNIST; Rotated-MNIST, 10 angles; Split-Tiny-ImageNet-100, 10 tasks of
+10 classes, 16 pixels. Class order is that of the labels, angles are each seed's own. Networks, images and readings are cut to
+about 75 minutes of one core; what was cut stands in each ledger.
+
+All learners of a stream have one learning rate (iCaRL's on grey images is higher: its loss is a mean over classes). Weights and
+batches are those of mammoth's tables where these have the stream, found there for other networks, rates and more readings:
+numbers compare with each other first. EWC's strength is one for the true Fisher, 10. In one seed all learners have the same
+network, batches and angles; differences are taken seed by seed. In `strength` a line `er at 0.7 lr` has the descent that
+`er + refresh 0.3` is left with, to first order: what is above it is refresh's own.
 
 Each run goes on where it stopped; each finished one keeps its numbers in the work folder. Ledgers: docs/results/
 continual_STREAM.json. Two processes may share a work folder: a run belongs to who came first.
@@ -25,6 +30,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,7 +47,7 @@ from spolia.errors import SpoliaError
 from spolia.reports.ledger import main_table
 from spolia.reports.tables import to_text
 from spolia.runs.continual_entries import learner_of
-from spolia.runs.continual_problems import PackedStream
+from spolia.runs.continual_problems import PackedStream, width_of
 from spolia.runs.continual_streams import labelled_of, model_of, stream_of
 from spolia.runs.lock import Lock
 
@@ -64,12 +70,23 @@ def problem_of(key: str, asked: argparse.Namespace) -> PackedStream:
 
 @cache
 def data(key: str, most: int | None) -> Any:
-    return labelled_of(ROWS[key].problem.model_copy(update={"most": most}), 0)
+    held = labelled_of(ROWS[key].problem.model_copy(update={"most": most}), 0)
+    if not ROWS[key].halved:
+        return held
+    from torch.nn.functional import avg_pool2d
+
+    train, test = ((avg_pool2d(x.float(), 2).round().to(x.dtype), y) for x, y in (held.train, held.test))
+    return replace(held, train=train, test=test)
 
 
 @lru_cache(maxsize=1)  # the learners of a seed come one after the other
 def stream_at(key: str, most: int | None, seed: int) -> Any:
-    return stream_of(ROWS[key].problem, data(key, most), seed)
+    """The stream, each test cut to what the row says."""
+    stream = stream_of(ROWS[key].problem, data(key, most), seed)
+    tests = [
+        replace(t, examples=replace(t.examples, places=t.examples.places[: ROWS[key].tests])) for t in stream.tests
+    ]
+    return replace(stream, tests=tuple(tests))
 
 
 def made(key: str, learner: str, memory: int | None, seed: int, asked: argparse.Namespace) -> tuple[Any, Any, Protocol]:
@@ -84,7 +101,7 @@ def made(key: str, learner: str, memory: int | None, seed: int, asked: argparse.
 
 def stage(key: str, learner: str, memory: int | None, seed: int, asked: argparse.Namespace) -> None:
     """Runs one learner of one seed, unless it is done or another process is at it."""
-    name = f"{label_of(learner, memory).replace(' + ', '-').replace(', ', '-')}-{seed}"
+    name = f"{label_of(learner, memory).replace(' + ', '-').replace(', ', '-').replace(' ', '-')}-{seed}"
     file, folder = asked.work / key / f"{name}.json", asked.work / key / name
     if file.exists():
         return
@@ -142,14 +159,26 @@ def write_ledger(key: str, asked: argparse.Namespace, command: str) -> None:
         "data": {"all": f"{problem.data}: {inputs} of the {DATA}"},
         "seeds": seeds,
         "rows": rows,
-        "notes": f"{problem.network}, {problem.count} tasks, {problem.epochs:g} readings of each, batches of {problem.batch}"
-        f" and {row.replay} replayed, on {problem.device}. The number behind a learner is its memory in samples. Settings are"
-        " of mammoth's tables, made for other networks and longer training; EWC's is for the true Fisher, estimated with"
-        " sampled labels. Intervals are Student's over seeds, differences seed by seed.",
+        "notes": _notes(row, problem),
     }
     asked.json.mkdir(parents=True, exist_ok=True)
     (asked.json / f"continual_{key}.json").write_text(json.dumps(ledger, indent=1) + "\n")
     print(f"\ncontinual_{key}, {len(seeds)} seeds\n{to_text(main_table({'rows': rows}))}", flush=True)
+
+
+def _notes(row: Any, problem: PackedStream) -> str:
+    """Network, lengths, and what was cut to make them."""
+    shown = f" of {problem.size // (1 + row.halved)} pixels" if problem.size else ""
+    tests = "" if row.tests is None else f" Of each test the first {row.tests:,} images."
+    other = " but iCaRL, 0.1" if "icarl" in row.settings else ""
+    return (
+        f"{problem.network} of width {width_of(problem)} on images{shown}, {problem.count} tasks, {problem.epochs:g} readings"
+        f" of each, batches of {problem.batch} and {row.replay} replayed, on {problem.device}.{tests} {row.cut} The number"
+        f" behind a learner is its memory in samples. The learning rate is {row.lr:g} for all{other}; weights are of mammoth's"
+        " tables, made for other networks and longer training; EWC's is for the true Fisher, estimated with sampled labels."
+        " Time was taken while other work ran and compares roughly. Intervals are Student's over seeds,"
+        " differences seed by seed."
+    )
 
 
 def estimate(keys: list[str], asked: argparse.Namespace) -> None:
@@ -218,8 +247,8 @@ def main() -> None:
         estimate(keys, asked)
         return
     budget = "" if asked.budget == 1.0 else f" --budget {asked.budget:g}"
-    for seed in range(asked.seeds):
-        for key in keys:
+    for key in keys:  # a whole table before the next one
+        for seed in range(asked.seeds):
             for learner, memory in lines(ROWS[key], asked.learners, asked.memories):
                 stage(key, learner, memory, seed, asked)
             write_ledger(key, asked, f"python benchmarks/continual_tables.py --work FOLDER{budget}")

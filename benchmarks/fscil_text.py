@@ -19,8 +19,8 @@ from spolia.parts.stream import Stream, class_incremental
 FILE = "cls_clinc150.tsv.gz"
 GENERAL = ("sent_europarl_en_train.txt.gz", "lm_wikitext2_valid.txt.gz")  # prose without intents
 PAD, START, MASK, UNKNOWN = range(4)
-PIECES, TOKENS = 4000, 24  # word pieces of the vocabulary; of a sentence, with the first
-LAYERS, WIDTH, HEADS = 4, 192, 3
+PIECES, TOKENS = 4000, 20  # word pieces of the vocabulary; of a sentence, with the first
+LAYERS, WIDTH, HEADS = 4, 128, 4
 BATCH, LR, DECAY, WARM, HIDDEN = 64, 5e-4, 0.01, 0.1, 0.15  # AdamW; HIDDEN: share of words to be guessed
 
 
@@ -38,11 +38,12 @@ def show(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
-def sentences(data: Path, sizes: list[int], shots: int, seed: int) -> Sentences:
-    """CLINC150 in sessions of `sizes` intents, in an order of the seed's. Word pieces are those of base and prose alone."""
+def sentences(data: Path, sizes: list[int], shots: int, split: int, seed: int) -> Sentences:
+    """CLINC150 in sessions of `sizes` intents: their order is `split`'s, the shots `seed`'s. Word pieces are those of base
+    and prose alone."""
     rows = [line.split("\t") for line in gzip.decompress((data / FILE).read_bytes()).decode().splitlines()[1:]]
     labels = sorted({row[2] for row in rows})
-    order = [int(i) for i in generator(seed, "fscil", "intents").permutation(len(labels))]
+    order = [int(i) for i in generator(split, "fscil", "intents").permutation(len(labels))]
     base = {labels[i] for i in order[: sizes[0]]}
     parts = {name: [(row[3], labels.index(row[2])) for row in rows if row[0] == name] for name in ("train", "test")}
     known = [row[3] for row in rows if row[0] == "train" and row[2] in base]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from spolia.errors import SpoliaError
 from spolia.methods.continual.derpp import DerPp, DerPpLearner
 from spolia.parts.stream import class_incremental
 from spolia.runs.continual_entries import entries_of, learner_of
-from spolia.runs.continual_problems import ArraysStream, DigitsStream, FolderStream
+from spolia.runs.continual_problems import ArraysStream, DatasetStream, DigitsStream, FolderStream
 from spolia.runs.continual_streams import labelled_of, model_of, stream_of
 from spolia.runs.engine import plan_recipe, run_recipe
 from spolia.runs.recipe import load_recipe
@@ -70,6 +71,7 @@ def test_host_and_plain_learner_have_equal_settings():
         ("refresh", "method.host_settings.lrr=1", "did you mean `lr`"),
         ("er", "problem={source: npz}", "no file is named"),
         ("er", "problem={source: folder}", "no folder is named"),
+        ("er", "problem={source: datasets}", "no data set is named"),
         ("er", "problem={source: packed, channels: 1, network: resnet8}", "takes colour"),
     ],
 )
@@ -145,6 +147,69 @@ def test_folders_of_images_become_a_stream(tmp_path):
     assert len(held.train[1]) == len(held.test[1]) == 6
     stream = stream_of(problem, held, 0)
     assert model_of(problem, held, 0).network(stream.experiences[1].batch(slice(None)).x.float()).shape == (3, 2)
+
+
+class Rows:
+    """What is asked of a loaded part of `datasets`: grey squares, as bright as their class."""
+
+    column_names = ("img", "label")
+    features = {"label": SimpleNamespace(names=["night", "dusk", "noon"])}  # noqa: RUF012 - as theirs
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, column):
+        assert column == "label"
+        return self.labels
+
+    def __iter__(self):
+        image = pytest.importorskip("PIL.Image")
+        return ({"img": image.new("L", (10, 12), 100 * label), "label": label} for label in self.labels)
+
+    def select(self, places):
+        return Rows([self.labels[place] for place in places])
+
+
+def with_datasets(monkeypatch, parts):
+    """A module `datasets` that knows these splits. What it was asked."""
+    asked, fake = [], ModuleType("datasets")
+    fake.load_dataset = lambda name, config, split: asked.append((name, config, split)) or parts[split]
+    fake.__spec__ = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return asked
+
+
+def test_a_set_of_datasets_becomes_a_stream(monkeypatch, tmp_path):
+    asked = with_datasets(monkeypatch, {"train": Rows([2, 0, 1] * 5), "validation": Rows([0, 1, 2])})
+    problem = DatasetStream(
+        source="datasets", data="owner/sky", test="validation", size=8, channels=1, most=12, tasks=[1, 2]
+    )
+    held = labelled_of(problem, 0)
+    assert asked == [("owner/sky", None, "train"), ("owner/sky", None, "validation")]
+    assert held.classes == ("night", "dusk", "noon") and held.train[1].tolist() == [2, 0, 1] * 4
+    assert held.train[0].dtype == torch.uint8 and held.train[0][:3, 0, 0, 0].tolist() == [200, 0, 100]
+    stream = stream_of(problem, held, 0)
+    assert [len(e.train) for e in stream.experiences] == [4, 8] and [len(t.examples) for t in stream.tests] == [1, 2]
+    assert labelled_of(problem.model_copy(update={"data": str(tmp_path)}), 0).name == tmp_path.name  # a folder of files
+    assert asked[-1] == (str(tmp_path), None, "validation")
+
+
+def test_what_datasets_cannot_give_is_told(monkeypatch):
+    with_datasets(monkeypatch, {"train": Rows([0, 1, 2]), "test": Rows([0, 1])})
+    problem = DatasetStream(source="datasets", data="owner/sky", size=8)
+    with pytest.raises(SpoliaError, match="only one part has noon"):
+        labelled_of(problem, 0)
+    with pytest.raises(SpoliaError, match="no column `picture`"):
+        labelled_of(problem.model_copy(update={"image": "picture"}), 0)
+    monkeypatch.setattr(Rows, "column_names", ("text", "label"))
+    with pytest.raises(SpoliaError, match=r"none of the columns image(.|\n)*it holds text, label"):
+        labelled_of(problem, 0)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SpoliaError, match=r"not installed\n  mend: pip install 'spolia\[data\]'"):
+        plan_recipe(load_recipe("continual/er-tiny", ["problem={source: datasets, data: owner/sky}"]))
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from spolia.errors import SpoliaError
 from spolia.parts.stream import class_incremental
 from spolia.runs.engine import plan_recipe, run_recipe
 from spolia.runs.fscil_ground import Shown, ground_of, labelled_of
-from spolia.runs.fscil_problems import ArraysSessions, DigitsSessions
+from spolia.runs.fscil_problems import ArraysSessions, DataSessions, DigitsSessions, name_of
 from spolia.runs.fscil_study import lines_of
+from spolia.runs.prompted import names_in
 from spolia.runs.recipe import load_recipe
 from spolia.runs.store import RunFolder
 from spolia.zoo.encoders import encoder_of
@@ -52,6 +55,8 @@ def test_class_means_and_l2p_stand_beside() -> None:
         ("coda", "method.blocks=[7]", "block 7 of an encoder of 5"),
         ("asp", "method.half=-1", "at least 0"),
         ("asp", "problem={source: npz_sessions}", "no file is named"),
+        ("asp", "problem={source: data_sessions}", "no encoder is named"),
+        ("asp", "problem={source: data_sessions, encoder: x, train: a.tsv}", "no test is named"),
         ("asp", "problem={source: digits}", "does not work on"),
         ("er", "problem={source: digits_sessions}", "does not work on"),
     ],
@@ -105,6 +110,118 @@ def test_a_users_arrays_become_sessions(tmp_path: Path) -> None:
     with pytest.raises(SpoliaError, match="6 classes: 4 and sessions of 3"):
         ground_of(problem.model_copy(update={"ways": 3}), 0)
     assert labelled_of(problem, 0).classes == tuple("012345")
+
+
+# --- texts and `datasets` ----------------------------------------------------------------------------------------------
+
+TOPICS = ("attribute-access", "compound", "debugger", "formatstrings", "types", "typesmapping")
+SESSIONS = {"source": "data_sessions", "base": 4, "ways": 1, "shots": 3, "length": 16, "pool": "mean"}
+
+
+def words_of(topic: str) -> list[str]:
+    """Runs of ten words from CPython's own pages."""
+    from pydoc_data.topics import topics
+
+    words = re.findall("[a-z]+", topics[topic].lower())
+    return [" ".join(words[i : i + 10]) for i in range(0, 300, 10)]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pages.tsv with two parts, the test's rows in another order of classes; encoder/, a small BERT with its tokenizer."""
+    hf = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [("train", t, text) for t in TOPICS for text in words_of(t)[:20]]
+    rows += [("test", t, text) for t in reversed(TOPICS) for text in words_of(t)[20:]]
+    (folder / "pages.tsv").write_text("\n".join(["split\tlabel\ttext", *map("\t".join, rows)]) + "\n")
+    known = sorted({word for part, _, text in rows if part == "train" for word in text.split()})
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *known])}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
+    words.save_pretrained(folder / "encoder")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = hf.BertConfig(vocab_size=len(known) + 2, max_position_embeddings=16, pad_token_id=0, **sizes)
+        hf.BertModel(config, add_pooling_layer=False).save_pretrained(folder / "encoder")
+    return folder
+
+
+def about(folder: Path, **more: Any) -> dict[str, Any]:
+    parts = {name: {"path": str(folder / "pages.tsv"), "split": name} for name in ("train", "test")}
+    return {**SESSIONS, "encoder": str(folder / "encoder"), **parts, **more}
+
+
+@pytest.mark.slow
+def test_texts_become_sessions_in_the_words_of_their_encoder(texts: Path) -> None:
+    problem = DataSessions(**about(texts, shuffle=True))
+    ground = ground_of(problem, 1)
+    assert sorted(ground.classes) == list(TOPICS) and ground.classes != TOPICS
+    assert [len(e.train) for e in ground.stream.experiences] == [80, 3, 3] and ground.show is ground.view is None
+    known = json.loads((texts / "encoder" / "tokenizer.json").read_text())["model"]["vocab"]
+    for place, test in enumerate(ground.stream.tests[1:], start=4):  # each id's texts are its own topic's
+        batch = test.examples.batch(slice(None))
+        ids = [[known.get(w, 1) for w in text.split()] for text in words_of(ground.classes[place])[20:]]
+        assert batch.y.tolist() == [place] * 10 and batch.x["input_ids"].tolist() == ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ncm", "l2p", "asp"])
+def test_prompts_are_learned_on_texts_by_a_recipe(name: str, texts: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(f"continual/{name}-tiny", [f"problem={json.dumps(about(texts, epochs=0.2))}", "seeds=1"])
+    assert str(plan_recipe(recipe).title).startswith(f"{name} on pages, 4 classes, then 1-way 3-shot")
+    folder = run_recipe(recipe, RunFolder(tmp_path / "run"))
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    means = {row["method"]: row["mean"] for row in rows if row["metric"] == ACCURACY and row["task"] == "average"}
+    assert set(means) == {"ncm", "l2p", name}
+    assert not (folder / "result" / "encoder").exists()  # the user's own
+    file = folder / "result" / "prompts.safetensors"
+    assert names_in(file) == list(TOPICS)
+    learner = spolia.attach_prompts(encoder_of(texts / "encoder", pool="mean"), file)
+    ids = torch.tensor([[5, 6, 7, 0]])
+    assert learner.predict({"input_ids": ids, "attention_mask": (ids > 0).long()}).shape == (1, 6)
+
+
+def test_what_texts_lack_is_told_by_the_plan(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**more: Any) -> str:
+        with pytest.raises(SpoliaError) as error:
+            plan_recipe(load_recipe("continual/asp-tiny", [f"problem={json.dumps(about(texts, **more))}"]))
+        return str(error.value)
+
+    assert "problem.encoder: `owner/model` is no folder" in told(encoder="owner/model")
+    assert "problem.train" in (said := told(encoder=str(tmp_path))) and "tokenizer" in said and "problem.test" in said
+    assert "problem.test: there is no such file" in told(test="none.tsv")
+    assert "holds no column `topic`" in told(labels="topic")
+    assert "`types` is none of the classes" in told(classes=list(TOPICS[:4]))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'spolia[data]'" in told(train={"dataset": "owner/set", "split": "train"})
+
+
+@pytest.mark.slow
+def test_texts_of_datasets_have_their_own_names(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["brick", "mortar", "wood"]
+
+    class Rows:
+        column_names = ("text", "label")
+        features = {"label": types.SimpleNamespace(names=names)}  # noqa: RUF012 - as theirs
+
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, column: str) -> list[Any]:
+            return [2, 1, 0] * 3 if column == "label" else ["a value", "the class", "an object"] * 3
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = lambda name, config, split: Rows()  # type: ignore[attr-defined]
+    fake.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    parts: dict[str, Any] = {name: {"dataset": "owner/walls", "split": name} for name in ("train", "test")}
+    problem = DataSessions(**about(texts, **parts, base=2))
+    ground = ground_of(problem, 0)
+    assert ground.classes == tuple(names) and name_of(problem) == "walls"
+    assert ground.stream.tests[1].examples.batch(slice(None)).y.tolist() == [2, 2, 2]
 
 
 # --- runs --------------------------------------------------------------------------------------------------------------

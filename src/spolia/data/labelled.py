@@ -1,4 +1,4 @@
-"""Labelled sets in two parts, train and test, for streams: packed sets, a user's arrays, folders of images, the digits.
+"""Labelled sets in two parts, train and test, for streams: packed sets, a user's arrays, folders of images, `datasets`, digits.
 
 Images are uint8 [n, channels, h, w]; the digits and arrays of other kinds stay as they are. `cropped` is the usual view of
 small images in training.
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import generator
 from spolia.data.digits import digits
-from spolia.data.fewshot import fitted, folder_classes
+from spolia.data.fewshot import dataset_classes, fitted, folder_classes
 from spolia.data.images import packed_file, read_parts
-from spolia.data.tables import array_heads, named_arrays, named_labels, read_arrays
+from spolia.data.tables import array_heads, named_arrays, named_labels, read_arrays, read_dataset
 from spolia.errors import SpoliaError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PARTS = ("train", "test")
 SHARE = 0.2  # for the test where a set comes in one part
+PICTURES = ("image", "img", "pixel_values")  # columns of `datasets`, the first that is there
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,37 @@ def names_in(file: Path) -> list[tuple[str, str]]:
 def labelled_folder(path: Path, *, size: int, channels: int = 3, share: float = SHARE, seed: int = 0) -> Labelled:
     """Folders of images by class, below `train` and `test` where these are there, else split by the seed."""
     if all((path / part).is_dir() for part in PARTS):
-        sets = [folder_classes(path / part, size=size, channels=channels) for part in PARTS]
-        if sets[0].names != sets[1].names:
-            apart = sorted(set(sets[0].names) ^ set(sets[1].names))
-            raise SpoliaError(f"only one part has {', '.join(apart[:5])}", where=str(path), mend="give both the same")
-        return Labelled(path.name, sets[0].names, *map(_pair, sets))
+        return _of_two(path.name, [folder_classes(path / part, size=size, channels=channels) for part in PARTS])
     whole = folder_classes(path, size=size, channels=channels)
     return Labelled(path.name, whole.names, *_split(*_pair(whole), share, seed))
+
+
+def labelled_dataset(
+    name: str,
+    *,
+    config: str | None = None,
+    parts: tuple[str, str] = PARTS,
+    image: str | None = None,
+    label: str | None = None,
+    size: int,
+    channels: int = 3,
+    most: int | None = None,
+) -> Labelled:
+    """Images that the library `datasets` loads, by a name or from a folder of its files; `parts`: what it calls splits.
+
+    `image`, `label`: columns, by default the usual ones. Images are scaled and cut to squares. `most` rows of each part.
+    """
+    source, sets = Path(name).expanduser(), []
+    for part in parts:
+        rows = read_dataset(str(source) if source.is_dir() else name, config, part)
+        rows, held = rows.select(range(min(most, len(rows)))) if most else rows, list(rows.column_names)
+        column = image or next((usual for usual in PICTURES if usual in held), None)
+        if column is None:
+            mend = f"name the column of the images; it holds {', '.join(held)}"
+            raise SpoliaError(f"has none of the columns {', '.join(PICTURES)}", where=name, mend=mend)
+        labels = named_labels(held, label, None, "column")
+        sets.append(dataset_classes(rows, size=size, channels=channels, image=column, label=labels))
+    return _of_two(source.name, sets)
 
 
 def cropped(x: Tensor, draws: np.random.Generator, border: int = 4) -> Tensor:
@@ -143,6 +168,14 @@ def _images(x: np.ndarray) -> np.ndarray:
         return x[:, None]
     last = x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3)
     return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if last else x
+
+
+def _of_two(name: str, sets: list[ClassSet]) -> Labelled:
+    """Two parts with the same classes."""
+    if sets[0].names != sets[1].names:
+        apart = sorted(set(sets[0].names) ^ set(sets[1].names))
+        raise SpoliaError(f"only one part has {', '.join(apart[:5])}", where=name, mend="give both the same classes")
+    return Labelled(name, sets[0].names, *map(_pair, sets))
 
 
 def _pair(held: ClassSet) -> Pair:

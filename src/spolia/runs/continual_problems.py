@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,11 +102,27 @@ class FolderStream(_Large):
     channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for colour")
 
 
+class DatasetStream(_Large):
+    """Images by the name that the library `datasets` knows."""
+
+    source: Literal["datasets"] = Field(description="images that `datasets` loads; pip install 'spolia[data]'")
+    data: str = Field("", description="a name on the hub, or a folder of files that `datasets` reads")
+    config: str | None = Field(None, description="its configuration")
+    train: str = Field("train", description="the split that is learned")
+    test: str = Field("test", description="the split that judges")
+    image: str | None = Field(None, description="column of the images; null: image, img or pixel_values")
+    label: str | None = Field(None, description="column of the classes; null: y, labels, label or target")
+    size: int = Field(32, description="pixels of a side", ge=8)
+    channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for colour")
+    most: int | None = Field(None, description="images read of each part, from the first on", ge=1)
+
+
 PROBLEMS: dict[str, type[Continual]] = {
     "digits": DigitsStream,
     "packed": PackedStream,
     "npz": ArraysStream,
     "folder": FolderStream,
+    "datasets": DatasetStream,
 }
 
 
@@ -122,6 +139,8 @@ def name_of(problem: Any) -> str:
             return problem.file.stem if problem.file else "arrays"
         case FolderStream():
             return problem.folder.name if problem.folder else "folder"
+        case DatasetStream():
+            return problem.data.rpartition("/")[2]
     return "digits"
 
 
@@ -141,3 +160,14 @@ def check_files(problem: Continual) -> None:
         case FolderStream():
             if problem.folder is None or not problem.folder.expanduser().is_dir():
                 raise SpoliaError("is no folder", where=f"problem.folder {problem.folder}", mend="folder: PATH")
+        case DatasetStream():
+            check_datasets(problem.data, "problem.data")
+
+
+def check_datasets(name: str, where: str) -> None:
+    """SpoliaError where nothing is named, or `datasets` is not there to load it."""
+    if not name:
+        raise SpoliaError("no data set is named", where=where, mend="write a name that `datasets` knows, or a folder")
+    if find_spec("datasets") is None:
+        what = f"`{name}` is loaded by `datasets`, which is not installed"
+        raise SpoliaError(what, where=where, mend="pip install 'spolia[data]'; or write the inputs to an npz file")

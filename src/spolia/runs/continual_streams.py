@@ -13,6 +13,7 @@ from spolia.data.labelled import (
     Labelled,
     cropped,
     labelled_arrays,
+    labelled_dataset,
     labelled_digits,
     labelled_folder,
     labelled_packed,
@@ -24,6 +25,7 @@ from spolia.parts.stream import Part, Stream, class_incremental, domain_incremen
 from spolia.runs.continual_problems import (
     ArraysStream,
     Continual,
+    DatasetStream,
     DigitsStream,
     FolderStream,
     PackedStream,
@@ -49,6 +51,12 @@ def labelled_of(problem: Continual, seed: int) -> Labelled:
             check_files(problem)
             assert problem.folder is not None
             return labelled_folder(problem.folder.expanduser(), size=problem.size, channels=problem.channels, seed=seed)
+        case DatasetStream():
+            check_files(problem)
+            columns = {"image": problem.image, "label": problem.label, "most": problem.most}
+            parts = (problem.train, problem.test)
+            shown: dict[str, Any] = {"size": problem.size, "channels": problem.channels, **columns}
+            return labelled_dataset(problem.data, config=problem.config, parts=parts, **shown)
     return labelled_digits(seed)
 
 

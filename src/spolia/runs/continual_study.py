@@ -20,6 +20,7 @@ from spolia.runs.continual_entries import AT_ENDS, Entry, entries_of, host_of, l
 from spolia.runs.continual_problems import PROBLEMS as PROBLEMS
 from spolia.runs.continual_problems import (
     ArraysStream,
+    DatasetStream,
     DigitsStream,
     FolderStream,
     check_files,
@@ -68,6 +69,8 @@ def check_study(
         problems.add(where(("problem", "file")), "no file is named", "add `file: PATH`")
     if isinstance(problem, FolderStream) and problem.folder is None:
         problems.add(where(("problem", "folder")), "no folder is named", "add `folder: PATH`")
+    if isinstance(problem, DatasetStream) and not problem.data:
+        problems.add(where(("problem", "data")), "no data set is named", "add `data: NAME`, or a folder")
     if getattr(problem, "channels", 3) == 1 and problem.network.startswith("resnet"):
         problems.add(where(("problem", "network")), "a ResNet takes colour", "write `channels: 3`, or conv4")
     if method.name == "refresh":

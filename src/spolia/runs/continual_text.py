@@ -12,7 +12,7 @@ def problem_text(method: Method, tiny: bool) -> str:
             [
                 "",
                 "problem:",
-                "  source: digits  # real scans that come inside scikit-learn; no download. Also: packed, npz, folder",
+                "  source: digits  # real scans that come inside scikit-learn; no download. Also packed, npz, folder, datasets",
                 "  scenario: class  # also: task, domain, online",
                 "  tasks: 5  # of equally many classes; or the classes of each: [4, 3, 3]",
                 "  epochs: 5  # readings of each task's data",
@@ -25,7 +25,7 @@ def problem_text(method: Method, tiny: bool) -> str:
         [
             "",
             "problem:",
-            "  source: packed  # NAME.npz in the folder SPOLIA_DATA; also: npz, folder, digits",
+            "  source: packed  # NAME.npz in the folder SPOLIA_DATA; also: npz, folder, datasets, digits",
             "  data: cifar10_full_jpeg75",
             "  scenario: class  # also: task, domain, online",
             "  tasks: 5  # of equally many classes; or the classes of each: [4, 3, 3]",

@@ -15,7 +15,14 @@ from spolia.data.images import MEAN, STD
 from spolia.data.labelled import Labelled, cropped, labelled_arrays, labelled_digits, labelled_folder, labelled_packed
 from spolia.errors import SpoliaError
 from spolia.parts.stream import Stream, class_incremental
-from spolia.runs.fscil_problems import ArraysSessions, FolderSessions, PackedSessions, Sessions, check_files
+from spolia.runs.fscil_problems import (
+    ArraysSessions,
+    DataSessions,
+    FolderSessions,
+    PackedSessions,
+    Sessions,
+    check_files,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,7 +36,8 @@ _BATCH, _LR, _DECAY, _WARM = 64, 1e-3, 0.05, 0.1  # AdamW, a tenth of the steps 
 
 @dataclass(frozen=True)
 class Ground:
-    """`show`: images as the encoder takes them; `view`: the same in training. `classes`: names by id."""
+    """`show`: images as the encoder takes them; `view`: the same in training; None: inputs are so already. `classes`: names
+    by id."""
 
     stream: Stream
     classes: tuple[str, ...]
@@ -77,6 +85,8 @@ def labelled_of(problem: Sessions, seed: int) -> Labelled:
 
 def ground_of(problem: Any, seed: int) -> Ground:
     """Sessions and views. Class order and shots follow from the seed."""
+    if isinstance(problem, DataSessions):
+        return _shown_already(problem, seed)
     held = labelled_of(problem, seed)
     if len(held.shape) != 3:
         raise SpoliaError(f"inputs {list(held.shape)} are no images", where="problem", mend="give images [n, h, w, 3]")
@@ -86,6 +96,17 @@ def ground_of(problem: Any, seed: int) -> Ground:
     crops = getattr(problem, "augment", "none") == "crops"
     names = tuple(held.classes[raw] for raw in stream.order)
     return Ground(stream, names, show, partial(_cropped, show) if crops else None)
+
+
+def _shown_already(problem: DataSessions, seed: int) -> Ground:
+    """Of inputs that have been read as the encoder takes them."""
+    from spolia.runs.fscil_data import examples_of
+
+    train, test, names = examples_of(problem)
+    assert train.labels is not None
+    sizes = sizes_of(problem, len(train.labels.unique()))
+    stream = class_incremental(train, test, sizes, shuffle=problem.shuffle, shots=problem.shots, seed=seed)
+    return Ground(stream, tuple(names[label] if names else str(label) for label in stream.order), None, None)
 
 
 def sizes_of(problem: Sessions, classes: int) -> list[int]:
@@ -103,7 +124,7 @@ def encoder_for(problem: Any, ground: Ground, seed: int, journal: Journal) -> En
 
     device = getattr(problem, "device", "cpu")
     if problem.encoder:
-        return encoder_of(problem.encoder, device=device)
+        return encoder_of(problem.encoder, pool=getattr(problem, "pool", "first"), device=device)
     from spolia.zoo.vit import ViT
 
     draws = torch.Generator().manual_seed(entropy(seed, "fscil", "encoder") % 2**63)

@@ -6,7 +6,7 @@ from typing import Any
 
 from spolia.bench.fscil import ACCURACY, DROP, HARMONIC, ledger_rows, session_name, value_of
 from spolia.bench.multitask import paired, t_interval
-from spolia.runs.fscil_problems import DigitsSessions, Sessions, name_of
+from spolia.runs.fscil_problems import DataSessions, DigitsSessions, Sessions, name_of
 from spolia.runs.store import RunFolder
 from spolia.runs.studies import StudyRecipe
 
@@ -44,14 +44,15 @@ def task_of(problem: Sessions) -> str:
 def data_touched(problem: Sessions) -> dict[str, str]:
     """What each phase sees."""
     digits = isinstance(problem, DigitsSessions)
-    base = f"labelled {'digits' if digits else 'images'} of the {problem.base} base classes"
+    what = "digits" if digits else "inputs" if isinstance(problem, DataSessions) else "images"
+    base = f"labelled {what} of the {problem.base} base classes"
     encoder = (
         f"{base}, and their turns; no other class" if not problem.encoder else f"what {problem.encoder} was trained on"
     )
     return {
         "encoder": encoder,
         "base session": base,
-        "further sessions": f"{problem.shots} labelled images of each of {problem.ways} new classes, twice; none stays",
+        "further sessions": f"{problem.shots} labelled {what} of each of {problem.ways} new classes, twice; none stays",
         "test": f"{'600 other digits' if digits else 'the test part'}, after every session; nothing is chosen by it",
     }
 
@@ -59,7 +60,7 @@ def data_touched(problem: Sessions) -> dict[str, str]:
 def _notes(found: list[dict[str, Any]]) -> str:
     first = next(iter(found[0]["lines"].values()))
     lines = [
-        f"Accuracy: of all classes seen, pooled over {sum(first['sizes'])} test images; average: mean over sessions.",
+        f"Accuracy: of all classes seen, pooled over {sum(first['sizes'])} test inputs; average: mean over sessions.",
         "Base and novel accuracy, and their harmonic mean, after the last session; drop: first less last accuracy.",
         "Novel answers compete with base classes. Learned: what is kept beside the encoder to give answers.",
         "All lines have the same frozen encoder, classes and shots in a seed.",

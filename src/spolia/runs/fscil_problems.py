@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from spolia.errors import SpoliaError
-from spolia.runs.schema import Shape
+from spolia.runs.schema import Part, Shape
 
 
 class Sessions(Shape):
@@ -84,11 +84,35 @@ class FolderSessions(_Images):
     side: int = Field(64, description="pixels of a side, as they are read", ge=8)
 
 
+class DataSessions(Sessions):
+    """Texts or images with labels, shown to an encoder as its own folder says: the form for text."""
+
+    source: Literal["data_sessions"] = Field(
+        description="tables of texts, arrays, folders of images, or what `datasets` loads, as the encoder's own files show them"
+    )
+    train: Part | None = Field(None, description="labelled inputs that the sessions are made of")
+    test: Part | None = Field(None, description="labelled inputs that everything is judged on")
+    inputs: str | list[str] | None = Field(
+        None, description="array or column of the inputs; two columns make pairs; null: by usual names"
+    )
+    labels: str | None = Field(None, description="array or column of the labels; null: by usual names")
+    classes: list[str] | None = Field(
+        None, description="names of the classes in the order of sessions; null: sorted, as the training part has them"
+    )
+    length: int = Field(64, description="tokens of a text, at most", ge=2)
+    encoder: str = Field("", description="folder of a transformer, with its tokenizer or preprocessor_config.json")
+    pool: Literal["first", "mean"] = Field(
+        "first", description="an input's feature: its first token, or the mean of all"
+    )
+    device: str = Field("cpu", description="where the encoder runs: cpu, cuda")
+
+
 PROBLEMS: dict[str, type[Sessions]] = {
     "digits_sessions": DigitsSessions,
     "packed_sessions": PackedSessions,
     "npz_sessions": ArraysSessions,
     "folder_sessions": FolderSessions,
+    "data_sessions": DataSessions,
 }
 
 
@@ -101,6 +125,9 @@ def name_of(problem: Any) -> str:
             return problem.file.stem if problem.file else "arrays"
         case FolderSessions():
             return problem.folder.name if problem.folder else "folder"
+        case DataSessions():
+            named = "" if problem.train is None else problem.train.dataset or problem.train.path or ""
+            return Path(named).name.partition(".")[0] or "data"
     return "digits"
 
 
@@ -120,3 +147,7 @@ def check_files(problem: Sessions) -> None:
         case FolderSessions():
             if problem.folder is None or not problem.folder.expanduser().is_dir():
                 raise SpoliaError("is no folder", where=f"problem.folder {problem.folder}", mend="folder: PATH")
+        case DataSessions():
+            from spolia.runs.fscil_data import check_data
+
+            check_data(problem)

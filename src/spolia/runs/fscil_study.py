@@ -17,7 +17,7 @@ from spolia.errors import Problems
 from spolia.runs import fscil_ledger
 from spolia.runs.digits_pool import one_thread
 from spolia.runs.fscil_problems import PROBLEMS as PROBLEMS
-from spolia.runs.fscil_problems import DigitsSessions, check_files
+from spolia.runs.fscil_problems import DataSessions, DigitsSessions, check_files
 from spolia.runs.fscil_text import problem_text as problem_text
 from spolia.runs.fscil_text import told as told
 from spolia.runs.lifecycle import follow, recorded
@@ -60,6 +60,10 @@ def check_study(
     for name, kind in (("file", "npz_sessions"), ("folder", "folder_sessions")):
         if problem.source == kind and getattr(problem, name) is None:
             problems.add(where(("problem", name)), f"no {name} is named", f"add `{name}: PATH`")
+    if isinstance(problem, DataSessions):
+        for name, mend in (("encoder", "FOLDER"), ("train", "FILE"), ("test", "FILE")):
+            if not getattr(problem, name):
+                problems.add(where(("problem", name)), f"no {name} is named", f"add `{name}: {mend}`")
 
 
 def lines_of(recipe: StudyRecipe) -> list[tuple[str, Any]]:

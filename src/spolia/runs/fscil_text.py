@@ -9,7 +9,7 @@ def problem_text(method: Method, tiny: bool) -> str:
     """The `problem` of a new recipe."""
     if tiny:
         lines = [
-            "  source: digits_sessions  # real scans that come inside scikit-learn. Also: packed_, npz_, folder_sessions",
+            "  source: digits_sessions  # scans that come inside scikit-learn. Also: packed_, npz_, folder_, data_sessions",
             "  base: 6  # classes of the base session",
             "  ways: 2  # new classes of each further session",
             "  shots: 5  # examples of each of them",
@@ -19,7 +19,7 @@ def problem_text(method: Method, tiny: bool) -> str:
         ]
     else:
         lines = [
-            "  source: packed_sessions  # NAME.npz in the folder SPOLIA_DATA; also: npz_, folder_, digits_sessions",
+            "  source: packed_sessions  # NAME.npz in the folder SPOLIA_DATA; also: npz_, folder_, data_ (texts), digits_",
             "  data: tiny_imagenet100",
             "  base: 60  # classes of the base session",
             "  ways: 5  # new classes of each further session",
