@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from spolia.runs.studies import StudyRecipe
 
 GB = 1_000_000_000
+_PATH: Any = type(Path())  # Path itself has children from Python 3.12 on
 
 
 def merge(
@@ -265,8 +266,7 @@ def run(
     dry_run: bool = False,
     progress: Any = None,
 ) -> Path | Plan:
-    """Run a recipe into a run folder (default `runs/NAME`), going on where an unchanged one stopped. Returns the
-    folder, or with `dry_run` the plan."""
+    """Run a recipe into a folder (default `runs/NAME`), going on where it stopped; the folder, or with `dry_run` the plan."""
     from spolia.runs.engine import run_recipe
     from spolia.runs.recipe import Recipe, check_recipe, read_source
     from spolia.runs.store import RunFolder
@@ -282,7 +282,7 @@ def run(
     return RunPath(done) if isinstance(done, Path) else done
 
 
-class RunPath(type(Path())):  # Path itself has children from Python 3.12 on
+class RunPath(_PATH):
     """The path of a run folder, of which a notebook shows the tables."""
 
     def _repr_html_(self) -> str:
