@@ -1,12 +1,12 @@
 """Text through noise on real sentences: LLM-SC by labels, check bits and beams, beside separate coding, Huffman and DeepSC.
 
-    SPOLIA_DATA=FOLDER python benchmarks/link_curves.py --work FOLDER        everything, about forty minutes of one core
+    SPOLIA_DATA=FOLDER python benchmarks/link_curves.py --work FOLDER        everything, about ninety minutes of one core
     … --only europarl,awgn                    some curves: names of corpora, channels and schemes, or parts of them
     … --estimate                              measures a little of each curve and tells its time
     … --quick                                 few frames and steps: does everything run?
 
 Corpora: Europarl's sentences as DeepSC prepares them, and windows of 24 tokens of WikiText-2; byte pairs of 1024 tokens, and a
-causal model of three layers, both learned from the train part, of which a tenth chooses labels. The same text once more by
+causal model of three layers, both learned from the train part, of which a tenth chooses labels. Europarl once more by
 stories260k: a model of children's stories, made by others, with 512 tokens. Channels: Gaussian noise, and Rayleigh fading of
 every symbol by itself, known to the receiver. BPSK. All schemes but DeepSC beside them take the channel uses of the labels with
 their check bits; DeepSC takes ten complex uses a token, as many as a label has bits.
@@ -69,10 +69,10 @@ SHOWN = ("labels by themselves", "index labels", "aware labels, 8 check bits, be
 
 @cache
 def problem_of(corpus: str, quick: bool) -> PackedLink:
-    asked: dict[str, Any] = {} if corpus == "europarl" else {"length": 24}
+    asked: dict[str, Any] = {"length": 24} if corpus == "wikitext2" else {}
     asked["prior"] = data_folder() / corpus if corpus == "stories260k" else "tiny_lm"
     problem = PackedLink(
-        source="wikitext2" if corpus == "stories260k" else corpus, width=128, depth=3, steps=1000, labels="index",
+        source="europarl" if corpus == "stories260k" else corpus, width=128, depth=3, steps=1000, labels="index",
         sentences=120, errors=60, snr=[2.0], **asked,
     )  # fmt: skip
     return problem.model_copy(update=QUICK) if quick else problem

@@ -93,7 +93,7 @@ def test_a_short_row_is_told(tmp_path: Path) -> None:
 
 def test_data_sets_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    with pytest.raises(SpoliaError, match=r"which is not installed\n.*pip install datasets"):
+    with pytest.raises(SpoliaError, match=r"which is not installed\n.*pip install .spolia\[data\]"):
         tables.read_dataset("glue", "sst2", "train")
     asked = []
 

@@ -117,7 +117,7 @@ def dataset_classes(
             from datasets import load_dataset  # type: ignore[import-not-found]
         except ImportError:
             what = "the package `datasets` is not installed"
-            raise SpoliaError(what, where=source, mend="pip install datasets") from None
+            raise SpoliaError(what, where=source, mend="pip install 'spolia[data]'") from None
         try:
             source = load_dataset(source, split=split)
         except (OSError, ValueError) as error:
