@@ -9,7 +9,8 @@ Corpora: Europarl's sentences as DeepSC prepares them, and windows of 24 tokens 
 causal model of three layers, both learned from the train part, of which a tenth chooses labels. Europarl once more by
 stories260k: a model of children's stories, made by others, with 512 tokens. Channels: Gaussian noise, and Rayleigh fading of
 every symbol by itself, known to the receiver. BPSK. All schemes but DeepSC beside them take the channel uses of the labels with
-their check bits; DeepSC takes ten complex uses a token, as many as a label has bits.
+their check bits; DeepSC takes ten complex uses a token, as many as a label has bits. Separate coding has a convolutional code,
+and where sionna is installed 5G's LDPC too.
 
 Ledgers: docs/results/link_europarl.json, link_wikitext2.json, link_stories260k.json: error rates by Es/N0, and what each scheme
 needs for 50 and 90 % exact frames in Es/N0, in Eb/N0 of a bit of the model's entropy, and in energy a character; pictures
@@ -26,6 +27,7 @@ import math
 import sys
 import time
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,7 +40,7 @@ from spolia.core.journal import Journal
 from spolia.data.images import data_folder
 from spolia.methods.link.deepsc import DeepSC, deepsc
 from spolia.methods.link.llm_sc import LLMSC, llm_sc
-from spolia.methods.link.separate import LMCompressor, separate
+from spolia.methods.link.separate import LMCompressor, Separate, separate
 from spolia.methods.link.source import Source
 from spolia.parts.channel import Channel
 from spolia.parts.link import Link
@@ -62,6 +64,7 @@ SHARES = (0.5, 0.9)  # of exact frames, that the needed noise is told for
 LABELS = ("index", "permuted", "aware")
 BEAM, CHECKS, BEAMS = 16, 8, (1, 4, 64)
 TRAINED = DeepSC(width=128, depth=2, inner=256, uses=10, steps=1000, batch=64, lr=5e-4)
+SEPARATE = ("separate", "separate, trigrams", "separate, LDPC")  # the last needs sionna
 CORPORA = ("europarl", "wikitext2", "stories260k")
 QUICK = {"sentences": 12, "steps": 4, "width": 16, "depth": 1}
 SHOWN = ("labels by themselves", "index labels", "aware labels, 8 check bits, beam 64", "separate", "huffman", "deepsc")
@@ -100,7 +103,7 @@ def schemes(corpus: str) -> list[str]:
     for labels in LABELS:
         found += [f"{labels} labels", f"{labels} labels, {CHECKS} check bits"]
     found += [f"aware labels, {CHECKS} check bits, beam {beam}" for beam in BEAMS]
-    found += [f"aware labels, {CHECKS} check bits, trigrams", "separate", "separate, trigrams", "huffman", "utf8"]
+    found += [f"aware labels, {CHECKS} check bits, trigrams", *SEPARATE, "huffman", "utf8"]
     return [*found, "deepsc"]
 
 
@@ -112,7 +115,8 @@ def link_of(work: Path, corpus: str, channel: str, scheme: str, quick: bool, fol
     if scheme == "labels by themselves":
         return llm_sc(UniformPrior(own.prior.vocabulary), code, c, LLMSC(beam=1))
     if words[0] == "separate":
-        return separate(LMCompressor(prior), c, own.uses)
+        code_kind = "ldpc" if words[-1] == "LDPC" else "convolutional"
+        return separate(LMCompressor(prior), c, own.uses, Separate(code=code_kind))
     if scheme in ("huffman", "utf8"):
         return classical(Source(kind=scheme), own)
     if scheme == "deepsc":
@@ -270,6 +274,8 @@ def estimate(work: Path, wanted: list[tuple[str, str, str]]) -> None:
 
 def chosen(only: str) -> list[tuple[str, str, str]]:
     every = [(corpus, channel, scheme) for corpus in CORPORA for channel in LEVELS for scheme in schemes(corpus)]
+    if find_spec("sionna") is None:
+        every = [one for one in every if not one[2].endswith("LDPC")]
     parts = [part.strip() for part in only.split(",") if part.strip()]
     return [one for one in every if all(any(part in name for name in one) for part in parts)]
 

@@ -13,7 +13,8 @@ LOWER_IS_BETTER = {
     *("loss", "error", "error_rate", "perplexity", "nll", "kl", "l1", "l2", "distance", "ber", "bler", "ser", "wer"),
     *("cer", "forgetting", "ece", "brier", "seconds", "time", "bytes", "memory", "flops", "queries", "cost"),
     *("frame_error", "token_error", "bit_error", "symbol_error", "character_error", "undetected", "reads"),
-    *("channel_uses_a_character", "performance_drop"),
+    *("channel_uses_a_character", "performance_drop", "needed_for_50%_exact", "needed_for_90%_exact"),
+    *("time_an_item", "overhead_an_item", "processor_time_a_frame"),
 }
 
 
