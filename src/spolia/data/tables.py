@@ -188,7 +188,9 @@ def read_dataset(name: str, config: str | None, split: str | None) -> Any:
         import datasets  # type: ignore[import-not-found]
     except ImportError:
         what = "is loaded by `datasets`, which is not installed"
-        raise SpoliaError(what, where=name, mend="pip install 'spolia[data]'; or write the inputs to an npz file") from None
+        raise SpoliaError(
+            what, where=name, mend="pip install 'spolia[data]'; or write the inputs to an npz file"
+        ) from None
     if split is None:
         raise SpoliaError("no part of it is named", where=name, mend="add `split: train`, validation or test")
     try:
