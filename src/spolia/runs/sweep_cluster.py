@@ -66,7 +66,7 @@ class Ray:
     pause = 0.2
 
     def __init__(self, options: Mapping[str, Any]):
-        import ray
+        import ray  # type: ignore[import-not-found]
 
         self._ray, self._ours = ray, not ray.is_initialized()
         if self._ours:
