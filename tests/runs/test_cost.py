@@ -295,8 +295,9 @@ def matrices(tmp_path_factory: pytest.TempPathFactory, write_model: Write) -> Ca
 def test_a_merge_takes_no_more_memory_than_planned(
     method: str, settings: dict[str, Any], tmp_path: Path, matrices: Callable[[int], list[Path]]
 ) -> None:
-    """The peak of a process of its own. The plan is a bound: at most 10 % over it (the allocator's slack), and not so
-    generous that it says nothing: at least a third of it. Interpreter and torch, 280 MB of it, vary by version."""
+    """The peak of a process of its own. The plan is a bound: at most 20 % over it (the allocator's slack; 14 % were seen on
+    a machine with other work), and not so generous that it says nothing: at least a third of it. Interpreter and torch,
+    280 MB of it, vary by version."""
     models = matrices(1500 if method == "tsv" else 3000)
     plan = plan_merge(asked(models, method, method != "average", **settings), threads=2)
     call = {
@@ -308,7 +309,7 @@ def test_a_merge_takes_no_more_memory_than_planned(
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
     )  # fmt: skip
     peak = int(child.stdout)
-    assert plan.peak_memory_bytes / 3 <= peak <= 1.1 * plan.peak_memory_bytes, (
+    assert plan.peak_memory_bytes / 3 <= peak <= 1.2 * plan.peak_memory_bytes, (
         peak / 1e6,
         plan.peak_memory_bytes / 1e6,
     )

@@ -90,7 +90,7 @@ def wilson(share: float, n: int, level: float = LEVEL) -> tuple[float, float]:
     z = NormalDist().inv_cdf((1 + level) / 2)
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # at 0 and 1 an end is the share
 
 
 def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
