@@ -34,18 +34,17 @@ import apis_rows
 import apis_words
 import measure
 from apis_rows import ASKING, ONCE, ROWS, SHOTS, Job, Row, Server
+from stages import held_alone, keep
 
 from spolia.bench.continual import Protocol, run
 from spolia.bench.continual_ledger import CLASS_IL, MEMORY, TASK_IL, TIME, found_of, ledger_rows, value_of
 from spolia.core.journal import Journal
 from spolia.data.images import data_folder
-from spolia.errors import SpoliaError
 from spolia.reports.ledger import main_table
 from spolia.reports.tables import to_text
 from spolia.runs.apis_entries import DATA_FEW, DATA_FREE, learner_of
 from spolia.runs.apis_ground import Ground, ground_of
 from spolia.runs.apis_ledger import asked_rows, data_touched
-from spolia.runs.lock import Lock
 
 PACKAGES = ["torch", "numpy", "httpx", "uvicorn", "starlette", "spolia"]
 SEEDS = 3
@@ -94,25 +93,16 @@ def place_of(work: Path, key: str, job: Job, seed: int) -> Path:
 def stage(file: Path, job: Job, grounds: Grounds) -> None:
     """Runs one learner of one seed, unless another process is at it."""
     folder = file.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder / ".lock")
-    try:
-        lock.take()
-    except SpoliaError as error:
-        print(f"{file.stem}: left to another process ({error})", flush=True)
-        return
-    try:
+    with held_alone(folder, f"{file.stem}") as ours:
+        if not ours:
+            return
         start = time.perf_counter()
         learner, stream, protocol = made(job, grounds)
         outcome = run(learner, stream, protocol, Journal(folder, save_every=60.0), grounds.seed)
         seconds = time.perf_counter() - start
         found = found_of(outcome) | {"asked": dict(getattr(learner, "asked", {}))}
         kept = {"label": job.label, "seed": grounds.seed, "found": found, "experts": grounds.server.accuracies}
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(kept | {"seconds": seconds}))
-        part.replace(file)
-    finally:
-        lock.release()
+        keep(file, kept | {"seconds": seconds})
     shutil.rmtree(folder, ignore_errors=True)
     told = ", ".join(f"{rule} {value_of(found, rule):.1f}" for rule in (CLASS_IL, TASK_IL))
     print(f"{file.parent.name} {file.stem}: {told}; {seconds:.0f} s", flush=True)

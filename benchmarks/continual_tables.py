@@ -38,18 +38,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 from continual_rows import LEARNERS, MEMORIES, ROWS, against_of, label_of, lines, settings_of
+from stages import held_alone, keep
 
 from spolia.bench.continual import Protocol, run
 from spolia.bench.continual_ledger import found_of, ledger_rows
 from spolia.core.journal import Journal
 from spolia.data.images import data_folder
-from spolia.errors import SpoliaError
 from spolia.reports.ledger import main_table
 from spolia.reports.tables import to_text
 from spolia.runs.continual_entries import learner_of
 from spolia.runs.continual_problems import PackedStream, width_of
 from spolia.runs.continual_streams import labelled_of, model_of, stream_of
-from spolia.runs.lock import Lock
 
 PACKAGES = ["torch", "numpy", "spolia"]
 SEEDS = 5
@@ -105,24 +104,15 @@ def stage(key: str, learner: str, memory: int | None, seed: int, asked: argparse
     file, folder = asked.work / key / f"{name}.json", asked.work / key / name
     if file.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder / ".lock")
-    try:
-        lock.take()
-    except SpoliaError as error:
-        print(f"{key} {name}: left to another process ({error})", flush=True)
-        return
-    try:
+    with held_alone(folder, f"{key} {name}") as ours:
+        if not ours:
+            return
         start = time.perf_counter()
         found, stream, protocol = made(key, learner, memory, seed, asked)
         outcome = run(found, stream, protocol, Journal(folder, save_every=60.0), seed)
         kept = {"learner": label_of(learner, memory), "seed": seed, "found": found_of(outcome)}
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(kept))
-        part.replace(file)
+        keep(file, kept)
         seconds = time.perf_counter() - start
-    finally:
-        lock.release()
     shutil.rmtree(folder, ignore_errors=True)
     numbers = ", ".join(f"{k} {v:.1f}" for k, v in outcome.numbers().items() if k in ("average", "task average"))
     print(f"{key} {name}: {numbers}; {seconds:.0f} s", flush=True)

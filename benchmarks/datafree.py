@@ -33,6 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 from datafree_rows import BUDGET, FREE_LINES, LINES, ORACLE, ROWS, STEPS, problem_of, settings_of
+from stages import held_alone, keep
 
 from spolia.bench.fewshot_scores import Point, Scores, ledger_rows, stages
 from spolia.bench.multitask import t_interval
@@ -44,7 +45,6 @@ from spolia.runs.datafree_entries import REAL, free_lines, learner_network, on_r
 from spolia.runs.datafree_judging import along, judge_of, points_told, real_episodes, scores_told, selection_told
 from spolia.runs.datafree_pool import make_pool
 from spolia.runs.datafree_problems import classes_of, features
-from spolia.runs.lock import Lock
 
 PACKAGES = ["torch", "numpy", "scikit-learn", "spolia"]
 SEEDS = 3
@@ -64,22 +64,13 @@ def stage(work: Path, key: str, name: str, seed: int, quick: bool) -> dict[str, 
     file, folder = work / key / f"{slug}-{seed}.json", work / key / f"{slug}-{seed}"
     if file.exists():
         return json.loads(file.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder / ".lock")
-    try:
-        lock.take()
-    except Exception as error:
-        print(f"{key} {name} {seed}: left to another process ({error})", flush=True)
-        return None
-    try:
+    with held_alone(folder, f"{key} {name} {seed}") as ours:
+        if not ours:
+            return None
         start = time.perf_counter()
         kept = _line(work, key, name, seed, quick, Journal(folder))
         kept["seconds"] = kept.get("seconds", {}) | {"all": time.perf_counter() - start}
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(kept))
-        part.replace(file)
-    finally:
-        lock.release()
+        keep(file, kept)
     told = [f"{label} {_mean(tests):.1f} %" for label, tests in kept["scores"].items()]
     print(f"{key} {seed}: {', '.join(told)}; {kept['seconds']['all']:.0f} s", flush=True)
     return kept

@@ -29,6 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
+from stages import held_alone, keep
 
 from spolia.bench.fewshot_scores import Scores, ledger_rows
 from spolia.catalog import find
@@ -36,7 +37,6 @@ from spolia.core.journal import Journal
 from spolia.data.images import data_folder
 from spolia.reports.ledger import main_table
 from spolia.reports.tables import to_text
-from spolia.runs.lock import Lock
 from spolia.runs.meta_entries import Entry, trained
 from spolia.runs.meta_judging import judged
 from spolia.runs.meta_problems import Classes, FewShot, OmniglotEpisodes, PackedEpisodes, classes_of, scenarios_of
@@ -136,14 +136,9 @@ def stage(work: Path, key: str, name: str, seed: int, quick: bool) -> dict[str, 
     file, folder = work / key / f"{name}-{seed}.json", work / key / f"{name}-{seed}"
     if file.exists():
         return json.loads(file.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder / ".lock")
-    try:
-        lock.take()
-    except Exception as error:
-        print(f"{key} {name} {seed}: left to another process ({error})", flush=True)
-        return None
-    try:
+    with held_alone(folder, f"{key} {name} {seed}") as ours:
+        if not ours:
+            return None
         row, start = row_of(key, quick), time.perf_counter()
         held, entry = classes(key, quick), entry_of(name, row)
         learner = trained(entry, row.problem, held, seed, Journal(folder)).chosen()
@@ -153,11 +148,7 @@ def stage(work: Path, key: str, name: str, seed: int, quick: bool) -> dict[str, 
             found[other] = judged(row.problem, learner, test, 0)
         seconds = {"training": fitted - start, "test": time.perf_counter() - fitted}
         kept = {"scores": found, "seconds": seconds}
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(kept))
-        part.replace(file)
-    finally:
-        lock.release()
+        keep(file, kept)
     accuracy = sum(found[""]["standard"]["values"]["accuracy"]) / row.problem.episodes
     print(f"{key} {name} {seed}: {100 * accuracy:.1f} %, {sum(seconds.values()):.0f} s", flush=True)
     return kept

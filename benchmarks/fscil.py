@@ -27,8 +27,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fscil_text
 import measure
 import torch
+from stages import held_alone
 
 from spolia.bench.fscil import ledger_rows
 from spolia.catalog import find
@@ -46,13 +45,11 @@ from spolia.core.journal import Journal
 from spolia.core.seeds import entropy
 from spolia.data.images import data_folder
 from spolia.data.labelled import cropped, labelled_packed
-from spolia.errors import SpoliaError
 from spolia.parts.stream import class_incremental
 from spolia.reports.ledger import main_table
 from spolia.reports.tables import to_text
 from spolia.runs.fscil_ground import Ground, Shown, pretrained
 from spolia.runs.fscil_study import led
-from spolia.runs.lock import Lock
 from spolia.runs.prompted import learner_of
 from spolia.zoo.encoders import encoder_of
 from spolia.zoo.vit import ViT
@@ -145,23 +142,6 @@ def settings_of(method: str, key: str, asked: argparse.Namespace) -> tuple[str, 
     if method == "coda":
         more["blocks"] = (0, 1, 2, 3)
     return method, find(method).settings_class()(**more)
-
-
-@contextmanager
-def held_alone(folder: Path, what: str) -> Iterator[bool]:
-    """Whether the folder is ours for now; another process may be at it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder / ".lock")
-    try:
-        lock.take()
-    except SpoliaError as error:
-        print(f"{what}: left to another process ({error})", flush=True)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def stage_encoder(key: str, asked: argparse.Namespace) -> Path | None:

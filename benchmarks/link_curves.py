@@ -34,6 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
+from stages import keep
 
 from spolia.bench.link import EXACT, FRAME, Point, Yardstick, rows, sweep
 from spolia.core.journal import Journal
@@ -160,9 +161,7 @@ def stage(work: Path, corpus: str, channel: str, scheme: str, quick: bool) -> di
         "uses": sum(uses),
         "seconds": {"training": made - start, "sweep": time.process_time() - made},
     }
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(kept))
-    part.replace(file)
+    keep(file, kept)
     told = " ".join(f"{p.esn0_db:g}: {p.measure(EXACT).mean:.2f}" for p in points)
     print(f"{corpus} {channel} {scheme}: {told}, {sum(kept['seconds'].values()):.0f} s", flush=True)
     return kept
