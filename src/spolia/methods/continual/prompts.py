@@ -11,6 +11,7 @@ let a batch vote leak the task to the test (75.6 against 65.2 % has been told of
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from spolia.core.lazy import np, torch
@@ -48,7 +49,7 @@ class Prompting(Training):
     lot: int = setting(128, "inputs of a pass without gradient", source=OURS, ge=1)
 
 
-class PromptLearner(Learner):
+class PromptLearner(Learner, ABC):
     """`parameters`: what is learned, by name. `classes`: of the whole stream. Children have `prompted` and `loss`."""
 
     method: ClassVar[str] = ""
@@ -76,9 +77,9 @@ class PromptLearner(Learner):
 
     # --- what children change ----------------------------------------------------------------------------------------
 
+    @abstractmethod
     def prompted(self, x: Any) -> Tensor:
         """Features [n, width] with prompts, of inputs as the encoder takes them; for answers, not for training."""
-        raise NotImplementedError
 
     def scores(self, features: Tensor) -> Tensor:
         """What the head says [n, classes]."""
