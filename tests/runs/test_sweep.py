@@ -573,3 +573,23 @@ def test_a_grid_and_a_search_keep_folders_of_their_own(place):
     spolia.sweep(TINY, {"method.scale": [0.1]})
     with pytest.raises(SpoliaError, match="another sweep"):
         spolia.sweep(TINY, {"method.scale": "0.0..1.0"}, search=2)
+
+
+@pytest.mark.parametrize("lowest", [True, False])
+def test_a_search_goes_where_the_metric_is_better(lowest: bool, tmp_path: Path) -> None:
+    """Of one parabola, upside down for the other direction; the first ten points are drawn at random."""
+    pytest.importorskip("optuna")
+    apart = []
+    for seed in range(3):
+        drawn: list[float] = []
+
+        def judge(points: Any, drawn: list[float] = drawn) -> list[float | None]:
+            drawn += [float(dict(point.values)["method.scale"]) for _, point in points]
+            return [(1 if lowest else -1) * (x - 0.3) ** 2 for x in drawn[-len(points) :]]
+
+        (tmp_path / str(seed)).mkdir()
+        axes = axes_of(["method.scale=0.0..1.0"], Problems())
+        sweep_search.search(tmp_path / str(seed), axes, 24, judge, lowest=lowest, at_once=1, seed=seed)
+        apart.append([abs(x - 0.3) for x in drawn])
+    first, last = (sum(sum(one[part]) for one in apart) for part in (slice(0, 10), slice(14, 24)))
+    assert last < 0.6 * first  # a search the wrong way ends at the far end, more than twice as far as chance
