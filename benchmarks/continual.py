@@ -149,8 +149,7 @@ def by_hand(method: str | None, batch: int, epochs: int, each: int) -> tuple[dic
 def by_avalanche(method: str, batch: int, epochs: int, each: int) -> tuple[dict[str, float], Callable[[Any], Any]]:
     """Its own strategies; a clock at the beginning of every iteration."""
     import torch
-    from avalanche.benchmarks import benchmark_from_datasets
-    from avalanche.benchmarks.utils import as_classification_dataset
+    from avalanche.benchmarks import nc_benchmark
     from avalanche.core import SupervisedPlugin
     from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
     from avalanche.training.supervised import DER, Naive
@@ -160,11 +159,9 @@ def by_avalanche(method: str, batch: int, epochs: int, each: int) -> tuple[dict[
             clock.tick()
 
     x, y = data(each)
-    sets = []
-    for t in range(TASKS):
-        own = torch.utils.data.TensorDataset(x[t * each : (t + 1) * each], y[t * each : (t + 1) * each])
-        own.targets = y[t * each : (t + 1) * each].tolist()
-        sets.append(as_classification_dataset(own))
+    whole = torch.utils.data.TensorDataset(x, y)
+    whole.targets = y.tolist()
+    stream = nc_benchmark(whole, whole, TASKS, task_labels=False, fixed_class_order=list(range(10))).train_stream
     network, clock = mlp(), Clock()
     common = {
         "model": network,
@@ -179,7 +176,7 @@ def by_avalanche(method: str, batch: int, epochs: int, each: int) -> tuple[dict[
         strategy = Naive(**common, plugins=plugins)
     else:
         strategy = DER(**common, mem_size=ITEMS, batch_size_mem=batch, alpha=ALPHA, beta=BETA, plugins=[Timing()])
-    for experience in benchmark_from_datasets(train=sets).train_stream:
+    for experience in stream:
         strategy.train(experience)
     return clock.stop(), network
 

@@ -66,6 +66,17 @@ ROWS = {
         cut="Published tables have ResNet-18, 32 pixels, 50,000 images and 50 readings.",
         tests=1000,
     ),
+    "longer": Row(
+        "Split-CIFAR-10, twenty readings",
+        packed("cifar10_full_jpeg75", most=10_000, **{**_SMALL, "epochs": 20}),
+        32,
+        0.1,
+        {"derpp": {"alpha": 0.1, "beta": 0.5}},
+        without=("finetune", "ewc", "lwf", "icarl", "er + refresh", "derpp + refresh"),
+        cut="Published tables have ResNet-18, 32 pixels, 50,000 images and 50 readings; a memory of 200 was left out.",
+        tests=1000,
+        memories=(500,),
+    ),
     "strength": Row(
         "Split-MNIST, one reading",
         packed("mnist", **{**_GREY, "epochs": 1}),

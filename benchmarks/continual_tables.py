@@ -7,9 +7,10 @@
     … --budget 5 --device cuda                                                 five times all readings; on a GPU
 
 Streams, one table after the other: Split-MNIST, Split-Fashion, Split-CIFAR-10 (JPEG file, 16 pixels), each 5 tasks of 2
-classes; strength, refresh of several strengths on Split-MNIST; Rotated-MNIST, 10 angles; Split-Tiny-ImageNet-100, 10 tasks of
-10 classes, 16 pixels. Class order is that of the labels, angles are each seed's own. Networks, images and readings are cut to
-about 75 minutes of one core; what was cut stands in each ledger.
+classes; longer, Split-CIFAR-10 read twenty times by joint training, ER and DER++; strength, refresh of several strengths on
+Split-MNIST; Rotated-MNIST, 10 angles; Split-Tiny-ImageNet-100, 10 tasks of 10 classes, 16 pixels. Class order is that of the
+labels, angles are each seed's own. Networks, images and readings are cut to about 75 minutes of one core, and 65 for longer;
+what was cut stands in each ledger.
 
 All learners of a stream have one learning rate (iCaRL's on grey images is higher: its loss is a mean over classes). Weights and
 batches are those of mammoth's tables where these have the stream, found there for other networks, rates and more readings:
