@@ -91,10 +91,10 @@ def place_of(work: Path, key: str, job: Job, seed: int) -> Path:
 
 
 def stage(file: Path, job: Job, grounds: Grounds) -> None:
-    """Runs one learner of one seed, unless another process is at it."""
+    """Runs one learner of one seed, unless another process has done it or is at it."""
     folder = file.with_suffix("")
     with held_alone(folder, f"{file.stem}") as ours:
-        if not ours:
+        if not ours or file.exists():
             return
         start = time.perf_counter()
         learner, stream, protocol = made(job, grounds)

@@ -66,14 +66,17 @@ def packed(data: str, **more: Any) -> PackedApis:
 
 _SETTINGS = {"batch": 32, "directions": 4, "model_steps": 10}  # more steps of the model an item than the defaults have
 _GREY: dict[str, Any] = {"channels": 1, "size": 14, "experts": ["mlp", "conv2", "linear"], "expert_epochs": 6}
+_COLOUR: dict[str, Any] = {"network": "resnet8", "width": 16, "questions": "images", "questions_width": 64}
 ROWS = {
     "mnist": Row("MNIST", packed("mnist", **_GREY), _SETTINGS, 8_000),
     "fashion": Row("Fashion-MNIST", packed("fashion_mnist", **_GREY), _SETTINGS, 6_000, plain=(3,)),
     "cifar10": Row(
         "CIFAR-10",
-        packed("cifar10_full_jpeg75", size=16, most=10_000, experts=["conv2", "resnet8", "mlp"], expert_epochs=6),
+        packed(
+            "cifar10_full_jpeg75", size=16, most=10_000, experts=["conv2", "resnet8", "mlp"], expert_epochs=6, **_COLOUR
+        ),
         _SETTINGS,
-        5_000,
+        3_000,
         plain=(3,),
     ),
 }
