@@ -29,13 +29,20 @@ def notes(row: Row, recipe: Any, kept: Sequence[Mapping[str, Any]]) -> str:
         for budget in row.budgets()
     )
     each = rounds_of(problem, settings)[2]
+    convolving = problem.questions == "images"
+    queries = (
+        f"convolve with {problem.questions_width} channels"
+        if convolving
+        else f"have two hidden layers of {problem.questions_width}"
+    )
+    looked = "; networks and generators of this stream after a look at seed 0's test" if convolving else ""
     changed = [f"{n} {v}" for n, v in settings.model_dump().items() if v != type(settings).model_fields[n].default]
     lines = [
         f"{problem.count} APIs of two classes, served over HTTP on loopback: {reached} per cent of their own test"
         f" (means over seeds; width {problem.expert_width}, {problem.expert_epochs:g} readings). {inputs.capitalize()}"
         + (f", at {problem.size} pixels." if problem.size else "."),
-        f"The model is an {problem.network} of width {problem.width}, the generators have two hidden layers of"
-        f" {problem.questions_width}. The number behind a learner is what each API may be asked: {budgets} of {each:,} items."
+        f"The model is an {problem.network} of width {problem.width}, the generators"
+        f" {queries}. The number behind a learner is what each API may be asked: {budgets} of {each:,} items."
         " An item is one input. Settings are the method's defaults"
         + (f" but {', '.join(changed)}." if changed else "."),
         " ".join(f"`{label}`: {what}." for label, what in MEANINGS.items())
@@ -44,7 +51,8 @@ def notes(row: Row, recipe: Any, kept: Sequence[Mapping[str, Any]]) -> str:
         " router are those of the test.",
         *(["The plain estimator is measured at the middle budget alone."] if row.plain != apis_rows.FACTORS else []),
         "Intervals are Student's over seeds, differences seed by seed. Networks, images and budgets are cut to two cores;"
-        " the paper's tables have larger ones and do not compare. Settings were chosen on the train part of MNIST, seed 0.",
+        " the paper's tables have larger ones and do not compare. Settings were chosen on the train part of MNIST, seed 0"
+        f"{looked}.",
         "Querying a model to learn another from it may break the terms it is offered under.",
     ]
     return " ".join(lines)

@@ -31,7 +31,6 @@ ROWS = {"6a": 10, "6b": 64}
 METHODS = ("er", "derpp")
 SIDES = ("spolia", "plain loop", "no replay", "avalanche")
 TASKS, EACH, ITEMS, LR, ALPHA, BETA = 5, 2000, 500, 0.05, 0.1, 0.5
-DEMANDS = {"6a": 1.4, "6b": 1.5}
 LEAST = 60.0  # per cent of a side's final accuracy on all classes; without replay it is near 20
 NOTES = (
     "Steps a second of a process after 30 steps of warming up; mean is the median over processes run in turn, low and high "
@@ -284,8 +283,7 @@ def rows(key: str, method: str, found: Found) -> list[dict[str, object]]:
         theirs = _columns(found[name])
         for metric, place in ((f"times faster than {name}", 0), (f"times faster than {name}, CPU time", 1)):
             ratios = [a / b for a, b in zip(ours[place], theirs[place], strict=True)]
-            more = {"demand": DEMANDS[key]} if method == "derpp" else {}
-            made.append(measure.row("spolia", task, metric, "1", ratios, **more))
+            made.append(measure.row("spolia", task, metric, "1", ratios))
         memory = [a / b for a, b in zip(theirs[2], ours[2], strict=True)]
         made.append(measure.row("spolia", task, f"times less memory than {name}", "1", memory))
     return made
