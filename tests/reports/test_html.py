@@ -277,3 +277,73 @@ def test_not_a_run_folder(tmp_path, make_run):
     shutil.rmtree(folder)
     with pytest.raises(SpoliaError, match="no such folder"):
         write_report(folder)
+
+
+def row(method: str, task: str, metric: str, mean: float, **more) -> dict:
+    return {
+        "method": method,
+        "task": task,
+        "metric": metric,
+        "unit": "",
+        "mean": mean,
+        "baseline": method == "base",
+    } | more
+
+
+def test_tables_of_one_column_stand_side_by_side(make_run, undrawn, ledger):
+    paired = {"paired_difference": {"against": "base", "mean": -2.0, "low": -3.0, "high": -1.0}}
+    for metric, value in (("forgetting", 4.5), ("novel accuracy", 30.25)):
+        ledger["rows"] += [row("base", "stream", metric, value + 2), row("ties", "stream", metric, value, **paired)]
+    page = report(make_run(results=ledger))
+    _, _, others = page.text.partition("Other measures, stream; mean, below it the paired difference vs base.")
+    assert others.startswith(
+        " Method forgetting lower is better novel accuracy higher is better Baselines base 6.500 32.25"
+    )
+    assert "Methods ties 4.500 −2.000 [−3.000, −1.000] better 30.25 −2.00 [−3.00, −1.00] worse" in others
+    assert len(page.all("table")) == 5  # main, these, paired differences, phases, inputs
+    assert page.text.index("Figures of the method") < page.text.index("Other measures, stream")
+
+
+def test_many_measures_share_a_table_as_far_as_a_page_is_wide(make_run, undrawn, ledger):
+    ledger["rows"] += [row("ties", "stream", f"measure {i}", i) for i in range(8)]
+    assert report(make_run(results=ledger)).text.count("Other measures, stream") == 2  # seven, then one
+
+
+def test_a_single_seed_is_said_to_leave_differences_open(make_run, undrawn, ledger):
+    for one in ledger["rows"]:
+        if "paired_difference" in one:
+            one["paired_difference"] |= {"low": None, "high": None}
+    page = report(make_run(results=ledger))
+    assert "A single seed gives them no interval" in page.text and "minus average, mean." in page.text
+
+
+def test_each_difference_names_its_own_where_there_are_several(make_run, undrawn, ledger):
+    for one in ledger["rows"]:
+        if one["method"] == "dare":
+            one["paired_difference"]["against"] = "ties"
+    page = report(make_run(results=ledger))
+    assert "Paired difference Baselines" in page.text and "better vs ties" in page.text
+
+
+def test_what_a_run_resumes_from_is_one_entry(make_run, undrawn):
+    folder = make_run()
+    (folder / "checkpoints").mkdir()
+    for i in range(3):
+        (folder / "checkpoints" / f"step-{i}").write_bytes(b"0" * 1024)
+    (folder / ".lock").touch()
+    page = report(folder)
+    assert "checkpoints/: 3 files 3.0 KiB" in page.text and "step-1" not in page.text and ".lock" not in page.text
+
+
+def test_the_same_data_is_not_told_twice(make_run, undrawn, ledger):
+    ledger["data"] = {"merge": "weights only", "experts": "none", "choice": "197 digits"}
+    page = report(make_run(results=ledger, status={"state": "done", "seconds": {"merge": 1.0}}))
+    phases = page.text.partition("Each phase with the data")[2].partition("Inputs and plan")[0]
+    assert "weights only" in phases and "choice 197 digits" in phases
+    ledger["data"] = {"again": "none"}  # the plan's words for `merge`
+    assert "again" not in report(make_run(results=ledger)).text.partition("Each phase")[2].partition("Inputs and")[0]
+
+
+def test_words_in_backticks_are_code(make_run, undrawn, ledger):
+    page = report(make_run(results=ledger | {"notes": "`reads`: a <b> count"}))
+    assert len(page.all("code")) == 1 and "<b> count" in page.text and not page.all("b")[1:]

@@ -8,7 +8,7 @@ from typing import Any
 
 from spolia.reports import words
 from spolia.reports.folder import RunRecord
-from spolia.reports.ledger import Difference, Line, Table
+from spolia.reports.ledger import Difference, Line, Table, side_by_side
 from spolia.reports.tables import show_value
 
 MOST_LINES = 300
@@ -40,6 +40,7 @@ def gather(run: RunRecord, tables: list[Table]) -> dict[str, Any]:
     plan, env, status = run.plan, run.env, run.status
     summary = run.summary or sentence(tables, run)
     inputs = [item for item in _items(plan.get("inputs")) if isinstance(item, dict)]
+    files, (broad, measures) = _folded(run.files), side_by_side([bounded(table) for table in tables])
     return {
         "title": words.name(run.results.get("name") or plan.get("title") or run.path.resolve().name, 120),
         "state": run.state,
@@ -48,14 +49,15 @@ def gather(run: RunRecord, tables: list[Table]) -> dict[str, Any]:
         "phase_now": words.name(status.get("phase")) if run.state != "finished" else "",
         "summary": summary,
         "glance": glance(run),
-        "tables": [bounded(table) for table in tables],
+        "tables": broad,
+        "measures": measures,
         "paired": [bounded(t) for t in tables if _paired_columns(t)],
         "phases": _phases(run),
         "inputs": inputs[:MOST_LINES],
         "plan_pairs": _plan_pairs(plan),
         "memory": _memory(run),
-        "files": run.files[:MOST_FILES],
-        "more_files": max(0, len(run.files) - MOST_FILES),
+        "files": files[:MOST_FILES],
+        "more_files": max(0, len(files) - MOST_FILES),
         "all_bytes": sum(count for _, count in run.files),
         "recipe": words.text(run.recipe, 60_000),
         "command": words.text(env.get("command") or run.results.get("command"), 2000),
@@ -67,6 +69,13 @@ def gather(run: RunRecord, tables: list[Table]) -> dict[str, Any]:
         "warnings": [words.text(w, 1000) for w in _items(plan.get("warnings"))][:MOST_LINES],
         "drawn_on": words.name(status.get("finished") or run.results.get("date")),
     }
+
+
+def _folded(files: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The files, those of checkpoints/ as one entry: what a run resumes from is nothing to read."""
+    kept = [size for file, size in files if file.startswith("checkpoints/")]
+    shown = [(file, size) for file, size in files if not file.startswith(("checkpoints/", "."))]
+    return [*([(f"checkpoints/: {len(kept)} file{'s' * (len(kept) != 1)}", sum(kept))] if kept else []), *shown]
 
 
 def _items(value: Any) -> list[Any]:
@@ -163,15 +172,20 @@ def moment(value: Any) -> str:
 
 
 def _phases(run: RunRecord) -> list[Phase]:
-    """The plan's phases in order, then those that only the results or the timing name."""
+    """The plan's phases in order, then those that only the results or the timing name.
+
+    Results may call what a phase touched otherwise than the plan: the same words are not said twice.
+    """
     planned = {words.name(p.get("name")): p for p in _items(run.plan.get("phases")) if isinstance(p, dict)}
     data = run.results.get("data") if isinstance(run.results.get("data"), dict) else {}
     seconds = run.status.get("seconds") if isinstance(run.status.get("seconds"), dict) else {}
     touched = {words.name(key): value for key, value in data.items()}
     took = {words.name(key): number for key, value in seconds.items() if words.finite(number := words.number(value))}
     whole = sum(took.values()) or 1.0
-    phases = []
+    phases, said = [], {words.inline(touched.get(key, plan.get("data"))) for key, plan in planned.items()}
     for key in list(dict.fromkeys([*planned, *touched, *took]))[:MOST_LINES]:
+        if key not in planned and key not in took and words.inline(touched[key]) in said:
+            continue
         plan = planned.get(key, {})
         does, trained, frozen = (
             words.text(words.inline(plan.get(k)) if plan.get(k) else "", 600) for k in ("does", "trained", "frozen")
@@ -198,13 +212,10 @@ def _stored(dtypes: Any) -> str:
 
 def _plan_pairs(plan: dict[str, Any]) -> list[tuple[str, str]]:
     entries = [
-        ("tensors", words.inline(plan.get("tensors"))),
-        (
-            "stored as",
-            _stored(plan.get("dtypes")),
-        ),
-        ("read", words.size(plan.get("bytes_in"))),
-        ("written", words.size(plan.get("bytes_out"))),
+        ("tensors", words.inline(plan.get("tensors") or "")),
+        ("stored as", _stored(plan.get("dtypes")) if plan.get("tensors") else ""),
+        ("read", words.size(plan.get("bytes_in") or None)),
+        ("written", words.size(plan.get("bytes_out") or None)),
         ("planned time", words.duration(plan.get("seconds"))),
         ("time estimated from", words.inline(plan.get("time_basis") or "")),
     ]

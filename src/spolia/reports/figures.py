@@ -134,9 +134,16 @@ def task_bars(table: Table) -> Figure:
         ]
         series.append(Series(line.method, (), *(tuple(n) for n in numbers), baseline=line.baseline))
     groups = tuple(c.capitalize() if c == AVERAGE else c for c in table.columns)
-    title = f"{table.metric.capitalize()} by task"
-    caption = "Whiskers are the intervals of the table; hatched bars are baselines."
-    return Figure("bars", title, caption, y_label=table.heading, series=tuple(series), groups=groups)
+    title = f"{table.metric[:1].upper()}{table.metric[1:]} by task"
+    figure = Figure("bars", title, y_label=table.heading, series=tuple(series), groups=groups)
+    hatched = not is_grouped(figure) and any(line.baseline for line in table.lines)
+    said = [("Whiskers are the intervals of the table.", table.has_interval), ("Hatched bars are baselines.", hatched)]
+    return replace(figure, caption=" ".join(text for text, holds in said if holds))
+
+
+def is_grouped(figure: Figure) -> bool:
+    """Whether the bars of a group stand beside each other, in colours; else every group has a panel."""
+    return len(figure.series) <= 4 and len(figure.groups) <= 12
 
 
 def learning_curves(metrics: list[dict[str, Any]]) -> list[Figure]:

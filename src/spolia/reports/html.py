@@ -21,6 +21,7 @@ from spolia.reports.ledger import Table, all_tables
 from spolia.reports.tables import show_value, to_csv
 
 MOST_BYTES = 3_000_000
+FEW = 3  # points that make no curve
 FIGURE_BYTES = 2_200_000  # for all drawings and their downloads together; the rest of the page is bounded below
 
 
@@ -66,6 +67,13 @@ def _minus(shown: str) -> str:
     return re.sub(r"-(?=[\d.i])", "\N{MINUS SIGN}", shown)
 
 
+def _coded(said: str) -> Any:
+    """Text in which `words` stand as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(said))))
+
+
 @cache
 def environment() -> Any:
     """Jinja for the templates of this room; what goes into them is escaped."""
@@ -73,7 +81,7 @@ def environment() -> Any:
 
     here = FunctionLoader(lambda file: files("spolia.reports").joinpath(file).read_text(encoding="utf-8"))
     room = Environment(loader=here, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    room.filters["minus"] = _minus
+    room.filters |= {"minus": _minus, "coded": _coded}
     tools: dict[str, Any] = {"show_value": show_value, "verdict": verdict}
     room.globals |= tools | {"size": words.size, "name": words.name, "fixed": words.fixed}
     return room
@@ -86,13 +94,14 @@ def _address(kind: str, content: str) -> str:
 def _drawings(run: RunRecord, tables: list[Table]) -> tuple[dict[str, list[Drawing]], list[str]]:
     """Every figure of the page by section, and a sentence for each that could not be drawn."""
     gaps: list[str] = []
-    wanted = [("bars", figures.task_bars(bounded(table))) for table in tables]
+    wanted = [("bars", figures.task_bars(bounded(table))) for table in tables[:1]]
     for i, data in enumerate(run.figures, 1):
         try:
             wanted.append(("own", figures.read_figure(data)))
         except ValueError as error:
             gaps.append(f"figure {i} of figures.json could not be drawn: {error}")
-    wanted += [("curves", figure) for figure in figures.learning_curves(run.metrics)]
+    curves = figures.learning_curves(run.metrics)
+    wanted += [("curves", figure) for figure in curves if any(len(series.x) > FEW for series in figure.series)]
     drawn: dict[str, list[Drawing]] = {"bars": [], "own": [], "curves": []}
     left = FIGURE_BYTES
     for i, (section, figure) in enumerate(wanted, 1):

@@ -14,7 +14,7 @@ LOWER_IS_BETTER = {
     *("cer", "forgetting", "ece", "brier", "seconds", "time", "bytes", "memory", "flops", "queries", "cost"),
     *("frame_error", "token_error", "bit_error", "symbol_error", "character_error", "undetected", "reads"),
     *("channel_uses_a_character", "performance_drop", "needed_for_50%_exact", "needed_for_90%_exact"),
-    *("time_an_item", "overhead_an_item", "processor_time_a_frame"),
+    *("learned", "time_an_item", "overhead_an_item", "processor_time_a_frame"),
 }
 
 
@@ -87,6 +87,16 @@ class Table:
         return " / ".join(names)
 
     @property
+    def pairs(self) -> list[str]:
+        """The same for the differences of all columns, one by one."""
+        return list(dict.fromkeys(d.against for line in self.lines for d in line.differences if d))
+
+    @property
+    def pairs_ranged(self) -> bool:
+        """Whether any paired difference states its interval."""
+        return any(d and d.low is not None and d.high is not None for line in self.lines for d in line.differences)
+
+    @property
     def marks_best(self) -> bool:
         return any(cell and cell.best for line in self.lines for cell in line.cells)
 
@@ -95,13 +105,59 @@ class Table:
         return sorted({cell.n for line in self.lines for cell in line.cells if cell and cell.n is not None})
 
     @property
+    def has_interval(self) -> bool:
+        return any(cell and cell.has_interval for line in self.lines for cell in line.cells)
+
+    @property
     def caption(self) -> str:
-        intervals = any(cell and cell.has_interval for line in self.lines for cell in line.cells)
         caption = f"{self.heading}, {'lower' if self.lower_is_better else 'higher'} is better"
-        caption += "; mean [low, high]" if intervals else "; mean"
+        caption += "; mean [low, high]" if self.has_interval else "; mean"
         if len(self.counts) == 1:
             caption += f", n = {self.counts[0]}"
         return caption
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Tables of one and the same column, side by side: a line for each method, a column for each metric."""
+
+    task: str
+    tables: tuple[Table, ...]
+
+    @property
+    def pairs(self) -> list[str]:
+        """What paired differences are taken against."""
+        return list(dict.fromkeys(name for table in self.tables for name in table.pairs))
+
+    @property
+    def has_interval(self) -> bool:
+        return any(table.has_interval for table in self.tables)
+
+    @property
+    def lines(self) -> list[tuple[Line, list[tuple[Table, Line | None]]]]:
+        """Each method by its first line, baselines first, with its line in every table."""
+        first = {line.method: line for table in reversed(self.tables) for line in table.lines}
+        order = sorted(
+            dict.fromkeys(line.method for table in self.tables for line in table.lines),
+            key=lambda m: not first[m].baseline,
+        )
+        held = [{line.method: line for line in table.lines} for table in self.tables]
+        return [(first[m], [(t, own.get(m)) for t, own in zip(self.tables, held, strict=True)]) for m in order]
+
+
+def side_by_side(tables: list[Table]) -> tuple[list[Table], list[Measures]]:
+    """The main table and the broad ones; and those that have one column, where several have the same."""
+    narrow: dict[str, list[Table]] = {}
+    for table in tables[1:]:
+        if len(table.columns) == 1:
+            narrow.setdefault(table.columns[0], []).append(table)
+    joined = []
+    for task, found in narrow.items():
+        most = 4 if any(table.against for table in found) else 7  # that a page's width holds
+        parts = [tuple(found[i : i + most]) for i in range(0, len(found), most)] if len(found) > 1 else []
+        joined += [Measures(task, part) for part in parts]
+    taken = {id(table) for one in joined for table in one.tables}
+    return [table for table in tables if id(table) not in taken], joined
 
 
 def main_table(results: dict[str, Any], metric: str | None = None) -> Table:
@@ -154,7 +210,10 @@ def all_tables(results: dict[str, Any]) -> list[Table]:
 def _digits(cells: Any, units: list[str]) -> int:
     if units and units[0] in ("%", "percent"):
         return 1
-    largest = max((abs(cell.mean) for cell in cells if words.finite(cell.mean)), default=0.0)
+    shown = [v for cell in cells for v in (cell.mean, cell.low, cell.high) if words.finite(v)]
+    largest = max(map(abs, shown), default=0.0)
+    if largest >= 10 and all(value.is_integer() for value in shown):
+        return 0
     return 1 if largest >= 100 else 2 if largest >= 10 else 3
 
 

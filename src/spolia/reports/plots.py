@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from spolia.reports import words
-from spolia.reports.figures import Figure, Series, describe
+from spolia.reports.figures import Figure, Series, describe, is_grouped
 from spolia.reports.plot_texts import draw_texts
 from spolia.reports.sheets import draw_sheet
 
@@ -108,7 +108,7 @@ def _own(tag: str, name: str) -> str:
     return re.sub(r"(\d+\.\d\d)\d+", r"\1", tag) if not tag.startswith("<image") else tag
 
 
-def _short(text: str, limit: int = 26) -> str:
+def _short(text: str, limit: int = 40) -> str:
     shown = text if len(text) <= limit else text[: limit - 1] + "…"
     return "\u200b" + shown if shown.startswith("_") else shown  # a legend leaves out labels that start with _
 
@@ -147,6 +147,8 @@ def _legend(canvas: Canvas, handles: list, names: list[str]) -> float:
 
 
 def _lines(canvas: Canvas, figure: Figure) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes = canvas.add_subplot()
     handles = []
     for i, series in enumerate(figure.series):
@@ -165,6 +167,8 @@ def _lines(canvas: Canvas, figure: Figure) -> None:
         axes.yaxis.set_minor_formatter("")
     _frame(axes, "both")
     axes.margins(x=0.015)
+    if all(float(x).is_integer() for series in figure.series for x in series.x):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axes.set_xlabel(_short(figure.x_label, 60))
     axes.set_ylabel(_short(figure.y_label, 40))
     names = [_short(s.name) for s in figure.series]
@@ -178,7 +182,8 @@ def _points(canvas: Canvas, figure: Figure) -> None:
         kept = range(0, len(series.y), math.ceil(len(series.y) / MOST_POINTS) or 1)
         x, y = (_clip(tuple(values[k] for k in kept)) for values in (series.x, series.y))
         look = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "alpha": 0.7}
-        handles += axes.plot(x, y, linestyle="none", markersize=3, markeredgewidth=0, **look)
+        size = 3 if len(series.y) > 20 else 6
+        handles += axes.plot(x, y, linestyle="none", markersize=size, markeredgewidth=0, **look)
     _frame(axes, "both")
     axes.set_xlabel(_short(figure.x_label, 60))
     axes.set_ylabel(_short(figure.y_label, 40))
@@ -196,7 +201,7 @@ def _errors(series: Series) -> list[list[float]] | None:
 
 
 def _bars(canvas: Canvas, figure: Figure) -> None:
-    (_grouped if len(figure.series) <= 4 and len(figure.groups) <= 12 else _panels)(canvas, figure)
+    (_grouped if is_grouped(figure) else _panels)(canvas, figure)
 
 
 _WHISKER = {"ecolor": INK, "elinewidth": 0.8, "capsize": 1.6, "capthick": 0.8}
@@ -219,6 +224,9 @@ def _grouped(canvas: Canvas, figure: Figure) -> None:
         [_short(g, max(6, int(12 * canvas.get_figwidth()) // len(figure.groups))) for g in figure.groups],
     )
     axes.tick_params(axis="x", length=0)
+    heights = [value for series in figure.series for value in _clip(series.y) if value == value]
+    if heights and not any(heights):
+        axes.set_ylim(0, 1)  # else bars of height 0 hover over a scale that goes below it
     axes.set_ylabel(_short(figure.y_label, 40))
     names = [_short(s.name) for s in figure.series]
     canvas.set_figheight(2.1 + (_legend(canvas, handles, names) if len(names) > 1 or names[0] else 0))

@@ -28,6 +28,7 @@ __all__ = [
     "to_markdown",
     "to_rich",
     "to_text",
+    "written",
 ]
 
 
@@ -58,12 +59,15 @@ def _grid(table: Table, style: str, best: Finish, plain: Finish, baseline: str) 
     against = table.against
     inner, outer, _ = STYLES[style]
     header = ["method", *(c.capitalize() if c == AVERAGE else c for c in table.columns)]
-    grid = [header + ([f"vs {against}"] if against else [])]
+    several = len({line.difference.against for line in table.lines if line.difference}) > 1
+    grid = [header + (["difference" if several else f"vs {against}"] if against else [])]
     for line in table.lines:
         styles = [outer if column == AVERAGE else inner for column in table.columns]
         shown = zip(line.cells, styles, strict=True)
         values = [(best if c and c.best else plain)(show_value(c, table.digits, s)) for c, s in shown]
         last = [plain(show_value(line.difference, table.digits, outer))] if against else []
+        if several and line.difference:
+            last = [f"{last[0].rstrip()} vs {line.difference.against}"]
         grid.append([line.method + (baseline if line.baseline else ""), *values, *last])
     return grid
 
@@ -199,13 +203,23 @@ RENDERERS: dict[str, Callable[[Table], str]] = {
 
 def render(folder: Path | str, to: str = "text", width: int | None = None) -> str:
     """The tables of a run folder, one for each metric, as `to`. `width` bounds the text form (terminal columns)."""
-    if to not in RENDERERS:
-        raise SpoliaError(f"no table form is called `{to}`", where="--to", mend=did_you_mean(to, RENDERERS))
+    _check_form(to)
     run = read_run(folder)
     tables = all_tables(run.results)
     if not tables:
         where = str(run.path / "results.json")
         raise SpoliaError("the run has no results yet", where=where, mend="run it again to continue, then ask again")
+    return written(tables, to, width)
+
+
+def written(tables: list[Table], to: str = "text", width: int | None = None) -> str:
+    """Tables one after the other, as `to`."""
+    _check_form(to)
     if to == "csv":
         return to_csv(*tables)
     return "\n".join(to_text(table, width) if to == "text" else RENDERERS[to](table) for table in tables)
+
+
+def _check_form(to: str) -> None:
+    if to not in RENDERERS:
+        raise SpoliaError(f"no table form is called `{to}`", where="--to", mend=did_you_mean(to, RENDERERS))
