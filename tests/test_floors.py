@@ -1,5 +1,6 @@
 """The house stands: imports go down the floors, and importing has no effects.
 
+    7  __main__             `python -m spolia`
     6  cli
     5  runs   reports       neither imports the other
     4  bench
@@ -26,7 +27,16 @@ from spolia.catalog import METHODS
 
 SRC = Path(spolia.__file__).parents[1]
 FILES = sorted(SRC.glob("spolia/**/*.py"))
-ROOMS = ("catalog errors", "core", "parts", "methods zoo data", "bench", "runs reports", "cli")  # from the ground up
+ROOMS = (
+    "catalog errors",
+    "core",
+    "parts",
+    "methods zoo data",
+    "bench",
+    "runs reports",
+    "cli",
+    "__main__",
+)  # from the ground up
 FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
 # The verbs are the whole command as functions, so what `spolia report` and the card of a merged model do is among them.
 # Lazily: planning must not pay for plots.

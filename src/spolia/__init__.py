@@ -12,10 +12,19 @@ __version__ = "0.1.0"
 
 _DOORS = {
     "merge": "spolia.runs.verbs",
+    "list_methods": "spolia.runs.looking",
+    "show": "spolia.runs.looking",
+    "new": "spolia.runs.looking",
+    "schema": "spolia.runs.looking",
+    "doctor": "spolia.runs.looking",
+    "demo": "spolia.runs.demo",
     "plan": "spolia.runs.verbs",
     "run": "spolia.runs.verbs",
     "sweep": "spolia.runs.sweep",
     "report": "spolia.runs.verbs",
+    "ui": "spolia.runs.verbs",
+    "serve": "spolia.runs.serve_experts",
+    "import_model": "spolia.runs.importing",
     "masks": "spolia.runs.masking",
     "attach": "spolia.runs.masking",
     "merge_adapters": "spolia.runs.adapters",
@@ -29,6 +38,7 @@ _DOORS = {
     "attach_prompts": "spolia.runs.prompted",
     "inspect": "spolia.runs.inspection",
     "compare": "spolia.runs.comparison",
+    "evaluate": "spolia.runs.evaluation",
     "push": "spolia.runs.push",
     "load_recipe": "spolia.runs.recipe",
     "Recipe": "spolia.runs.recipe",
@@ -73,9 +83,17 @@ if TYPE_CHECKING:
     from spolia.runs.comparison import compare as compare
     from spolia.runs.continual import continual as continual
     from spolia.runs.datafree import datafree as datafree
+    from spolia.runs.demo import demo as demo
     from spolia.runs.distill import distill as distill
+    from spolia.runs.evaluation import evaluate as evaluate
+    from spolia.runs.importing import import_model as import_model
     from spolia.runs.inspection import inspect as inspect
     from spolia.runs.link import link as link
+    from spolia.runs.looking import doctor as doctor
+    from spolia.runs.looking import list_methods as list_methods
+    from spolia.runs.looking import new as new
+    from spolia.runs.looking import schema as schema
+    from spolia.runs.looking import show as show
     from spolia.runs.masking import attach as attach
     from spolia.runs.masking import masks as masks
     from spolia.runs.meta import meta as meta
@@ -84,12 +102,14 @@ if TYPE_CHECKING:
     from spolia.runs.push import push as push
     from spolia.runs.recipe import Recipe as Recipe
     from spolia.runs.recipe import load_recipe as load_recipe
+    from spolia.runs.serve_experts import serve as serve
     from spolia.runs.surgery import surgery as surgery
     from spolia.runs.sweep import sweep as sweep
     from spolia.runs.verbs import merge as merge
     from spolia.runs.verbs import plan as plan
     from spolia.runs.verbs import report as report
     from spolia.runs.verbs import run as run
+    from spolia.runs.verbs import ui as ui
 
 __all__ = ["__version__", *_DOORS]
 

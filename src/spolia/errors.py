@@ -47,6 +47,10 @@ class SpoliaError(Exception):
         super().__init__("\n".join([*told, f"and {more} more"] if more > 0 else told))
 
 
+class ToldElsewhere(SpoliaError):
+    """Another process of the same run met this error first, and tells it."""
+
+
 class SpoliaWarning(UserWarning):
     """Something odd that does not stop the work."""
 

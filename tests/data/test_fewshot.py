@@ -137,7 +137,9 @@ def test_a_set_of_datasets_by_object_and_by_name(monkeypatch):
     assert len(dataset_classes("owner/set", size=9, label="fine_label", split="test")) == 2
     assert asked == [("owner/set", "test")]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SpoliaError, match="owner/set: the package `datasets` is not installed\n  mend: pip install"):
+    with pytest.raises(
+        SpoliaError, match="owner/set: is loaded by `datasets`, which is not installed\n  mend: pip install"
+    ):
         dataset_classes("owner/set", size=9)
 
 

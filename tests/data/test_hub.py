@@ -156,7 +156,7 @@ def test_without_the_library(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(SpoliaError, match="not installed") as caught:
         hub.fetch("org/name")
-    assert "pip install huggingface_hub" in str(caught.value) and "hf download org/name" in str(caught.value)
+    assert "pip install 'spolia[hub]'" in str(caught.value) and "hf download org/name" in str(caught.value)
 
 
 def test_the_real_library_offline() -> None:

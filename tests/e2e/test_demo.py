@@ -99,7 +99,7 @@ def stopping_journal(steps_left: int) -> type[Journal]:
     """A journal that is asked to stop in its `steps_left`-th step."""
 
     class Stopping(Journal):
-        def steps(self, n, keep=None):
+        def steps(self, n, keep=None, *, shared=False):
             nonlocal steps_left
             for step in super().steps(n, keep):
                 steps_left -= 1

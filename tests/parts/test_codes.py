@@ -97,7 +97,7 @@ def test_without_sionna_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         return found(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(SpoliaError, match="pip install sionna-no-rt"):
+    with pytest.raises(SpoliaError, match=r"pip install .spolia\[comms\]"):
         Ldpc(100, 200)
 
 

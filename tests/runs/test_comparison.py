@@ -139,6 +139,16 @@ def test_unlike_runs_are_refused(more, told, tmp_path):
         compare(run(tmp_path / "a", counts), run(tmp_path / "b", counts, **more))
 
 
+def test_what_methods_look_at_may_differ_and_is_told(tmp_path):
+    counts = {0: {"x": [5, 10]}}
+    looking = {"merge": "197 inputs without labels", "choice of scale": "197 labelled inputs"}
+    a, b = run(tmp_path / "a", counts), run(tmp_path / "b", counts, data=DATA | looking)
+    text = compare(a, b).to_text()
+    assert f"{b} saw: merge: 197 inputs without labels, choice of scale: 197 labelled inputs." in text
+    assert f"{a} saw: nothing." in text
+    assert "saw:" not in compare(a, run(tmp_path / "c", counts)).to_text()
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path, write_model):
     one, model = run(tmp_path / "a", {0: {"x": [5, 10]}}), write_model(tmp_path / "m", {"w": torch.ones(2)})
     with pytest.raises(SpoliaError, match="is a run folder"):

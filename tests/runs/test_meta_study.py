@@ -15,6 +15,7 @@ from spolia.runs.meta_entries import entries_of
 from spolia.runs.meta_problems import DigitsEpisodes, PackedEpisodes, classes_of, network_of, sampler
 from spolia.runs.recipe import load_recipe
 from spolia.runs.store import RunFolder
+from spolia.runs.sweep_numbers import validation_of
 
 SMALL = [
     "problem.most_steps=3",
@@ -125,6 +126,7 @@ def test_a_run_leaves_a_table_with_intervals_and_goes_on_after_a_kill_to_the_bit
         assert row["paired_difference"]["against"] == "maml"
     assert {"consistency", "consistency, floor", "logit cosine"} <= {row["metric"] for row in found["rows"]}
     assert [figure["kind"] for figure in found["figures"]] == ["lines", "points"]
+    assert 0 <= validation_of(whole, "msd on maml")["accuracy"] <= 100  # what a search goes by
     assert (whole / "summary.txt").read_text().count("\n") == 1 and (whole / "report.html").exists()
 
     class Stop(Exception):

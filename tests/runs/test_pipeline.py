@@ -160,7 +160,7 @@ DIES = """
 import os, signal, sys, spolia
 from spolia.core.journal import Journal
 true, die, seen = Journal.steps, int(sys.argv[3]), 0
-def steps(self, n, keep=None):
+def steps(self, n, keep=None, *, shared=False):
     global seen
     self._save_every = 0
     for step in true(self, n, keep):

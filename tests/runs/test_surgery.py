@@ -180,7 +180,7 @@ def test_a_run_goes_on_after_a_stop_to_the_same_numbers(tmp_path, monkeypatch, r
     class Stopping(Journal):
         left = 60 + 2 * 300 + 9  # steps: base, experts, and half of the first repair's second task
 
-        def steps(self, n, keep=None):
+        def steps(self, n, keep=None, *, shared=False):
             for step in super().steps(n, keep):
                 Stopping.left -= 1
                 if Stopping.left == 0:

@@ -364,7 +364,7 @@ def test_runs_go_some_at_a_time(place):
         ("merge/ties-tiny", "ties", ("accuracy",)),
         ("surgery/surgery-tiny", "surgery", ()),
         ("distill/rkkd-tiny", "kd + rank", ("accuracy", "loss")),
-        ("meta/msd-tiny", "msd on maml", ()),
+        ("meta/msd-tiny", "msd on maml", ("accuracy",)),
         ("datafree/free-tiny", "free", ("accuracy",)),
         ("continual/refresh-tiny", "er + refresh", ()),
         ("continual/apis-tiny", "DFCL-APIs", ()),
@@ -401,12 +401,13 @@ def test_validation_is_read_in_the_form_of_each_family(tmp_path):
         "scores-seed-1.json": {"validation": {"accuracy": {"x": 90.0}}},
         "distill-seed-0.json": {"x": {"validation": {"accuracy": 0.7, "loss": 1.0}}},
         "datafree-seed-0.json": {"points": {"x": [[1, 20.0, 9.0], [2, 30.0, 8.0], [3, None, 7.0]]}},
+        "meta-seed-0.json": {"validation": {"x": 60.0, "y": None}},
         "other-seed-0.json": {"x": 1},
     }
     (tmp_path / "checkpoints").mkdir()
     for name, value in kept.items():
         (tmp_path / "checkpoints" / name).write_text(json.dumps(value))
-    assert validation_of(tmp_path, "x") == {"accuracy": pytest.approx((80 + 90 + 70 + 30) / 4), "loss": 1.0}
+    assert validation_of(tmp_path, "x") == {"accuracy": pytest.approx((80 + 90 + 70 + 30 + 60) / 5), "loss": 1.0}
     assert validation_of(tmp_path, "y") == {}
 
 

@@ -94,7 +94,7 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
         summary__txt="It is good.\n",
     )
     write(runs / "sweep" / "second", recipe__yaml="spolia: 1\nseed: 5\n", results__json=ledger(seeds=[0]))
-    write(runs / "other", results__json=ledger(data={"merge": "labels"}))
+    write(runs / "other", results__json=ledger(data={"test": "other inputs"}))
     write(runs / "failed", "failed", results__json=None)
     write(runs / "odd seeds", results__json=ledger(seeds=["../../../secret"]))
     write(runs / "no rows", results__json={"rows": 5})
@@ -169,7 +169,7 @@ def test_every_run_is_listed(get: Get) -> None:
 def test_markup_in_names_is_shown_not_obeyed(get: Get) -> None:
     for answer in (get(), get("run", id="a&b = c"), get("run", id=EVIL.replace("/", "-"))):
         found = page(answer)
-        assert [s.get("src") for s in found.all("script")] in ([], ["live.js"]) and not found.all("img")
+        assert [s.get("src") for s in found.all("script")] in ([], ["live.js"], ["list.js"]) and not found.all("img")
         assert "alert(1)" in found.text
 
 
@@ -230,7 +230,7 @@ def test_runs_are_compared(get: Get) -> None:
         (["first", "none"], 404, "no such run"),
         (["first", "../elsewhere"], 404, "no such run"),
         (["first", "away"], 404, "no such run"),
-        (["first", "other"], 400, "data of `merge`"),
+        (["first", "other"], 400, "data of `test`"),
         (["first", "failed"], 400, "no results"),
         (["first", "broken"], 400, "cannot be read"),
         (["first", "no rows"], 400, "cannot be read"),
@@ -350,14 +350,20 @@ def test_policies(get: Get) -> None:
     assert "script-src" not in policy and "allow-scripts" not in policy
 
 
-def test_the_script_asks_its_own_server_alone(get: Get) -> None:
-    script, style = get("live.js"), get("style.css")
-    assert script.headers["content-type"].startswith("text/javascript")
+def test_scripts_ask_their_own_server_alone(get: Get) -> None:
+    live, listed, style = get("live.js"), get("list.js"), get("style.css")
+    assert all(script.headers["content-type"].startswith("text/javascript") for script in (live, listed))
     assert style.headers["content-type"].startswith("text/css")
-    for text in (script.text, style.text):
+    for text in (live.text, listed.text, style.text):
         assert not re.search(r"https?:|//\w+\.|@import|url\(|eval|import\(", text)
     for rule in ("prefers-color-scheme: dark", "@media (max-width", "--accent", ":focus-visible", ".course"):
         assert rule in style.text
+
+
+def test_the_list_is_asked_again_and_a_choice_is_left_alone(get: Get) -> None:
+    page, script = get(""), get("list.js").text
+    assert page.text.count('id="list"') == 1 and '<script src="list.js">' in page.text
+    assert 'fetch("./")' in script and "input:checked" in script and "setTimeout(look, 5000)" in script
 
 
 def test_two_hundred_runs(tmp_path: Path) -> None:

@@ -128,15 +128,12 @@ def run(
     with joined() as (rank, ranks), torch.random.fork_rng(_gpus(learner)):
         if not isinstance(journal, Journal):
             journal = Journal(None if journal is None else Path(journal), follow=rank > 0)
-        if ranks > 1 and journal.folder is not None:
-            what = "each process has a memory of its own, which one journal cannot keep"
-            raise SpoliaError(what, where="journal", mend="leave the journal out, or use one process")
         course = _Course(learner, stream, protocol, seed, (rank, ranks))
         with journal.phase(phase):
             keep = (
                 None if journal.folder is None else {"learner": learner, "found": course.found, "clock": course.clock}
             )
-            for step in journal.steps(course.steps, keep):
+            for step in journal.steps(course.steps, keep, shared=True):
                 loss = course.move(step)
                 if step % _LOGGED == 0 or step in course.looks:
                     journal.log(**course.said(step, loss))
@@ -175,7 +172,7 @@ class _Course:
         if step == 0:
             self.found["baseline"] = torch.stack(self._tested(experience, True))
         self._seed(step)
-        batch = self._shared(experience.draw(self.protocol.batch, self.seed, at))
+        batch = experience.draw(self.protocol.batch, self.seed, at)
         start = time.perf_counter()
         if at == 0:
             self.learner.begin(experience)
@@ -222,16 +219,6 @@ class _Course:
             self.clock["seconds"],
             held,
         )
-
-    def _shared(self, batch: Batch) -> Batch:
-        """This process's share of a batch."""
-        if len(batch.y) < self.ranks:
-            what = f"a batch of {len(batch.y)} for {self.ranks} processes"
-            raise SpoliaError(
-                what, where="batch", mend="give at least one example each; a free stream ends with its rest"
-            )
-        own = slice(self.rank, None, self.ranks)
-        return batch if self.ranks == 1 else Batch(batch.x[own], batch.y[own])
 
     def _tested(self, experience: Experience, ahead: bool) -> tuple[Tensor, Tensor]:
         """Accuracies on all tests by both rules, in per cent."""

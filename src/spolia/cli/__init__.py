@@ -17,6 +17,7 @@ import typer
 
 from spolia import __version__
 from spolia.cli import links, looking, models, pushing, recipes, serving, sweeping, watching
+from spolia.core.dist import asked
 from spolia.runs import telling
 
 app = typer.Typer(
@@ -55,6 +56,7 @@ app.command()(recipes.merge)
 app.command("import")(models.import_)
 app.command()(models.inspect)
 app.command()(models.compare)
+app.command("eval")(models.eval_)
 app.command()(recipes.report)
 app.command()(watching.ui)
 app.command()(pushing.push)
@@ -74,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         typer.main.get_command(app).main(given, prog_name="spolia")
     except SystemExit as end:
-        if end.code == 130:
+        if end.code == 130 and asked()[0] == 0:
             again = shlex.join(["spolia", *(word for word in given if word != "--fresh")])
             print(f"\ninterrupted; what was finished is kept. Go on with:\n  {again}", file=sys.stderr)
         if arguments is None:

@@ -41,21 +41,20 @@ def new(
     tiny: Annotated[bool, typer.Option("--tiny", help="On real digits, for a first look.")] = False,
 ) -> None:
     """Write a commented recipe to start from."""
-    from spolia.runs.new import recipe_text, write_recipe
+    from spolia.runs import looking
 
-    found = catalog.find(method, "new")
+    made = looking.new(method, out, tiny=tiny)
     if out is None:
-        print(recipe_text(found, tiny=tiny, file="my.yaml"), end="")
+        print(made, end="")
     else:
-        write_recipe(found, out, tiny=tiny)
         print(f"{out}: edit it, then  spolia plan {shlex.quote(str(out))}")
 
 
 def schema() -> None:
     """Print the JSON Schema of recipes for editors."""
-    from spolia.runs.editors import json_schema
+    from spolia.runs import looking
 
-    print(as_json(json_schema()))
+    print(as_json(looking.schema()))
 
 
 def doctor(

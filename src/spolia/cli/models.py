@@ -1,4 +1,4 @@
-"""Verbs of models on disk: import, inspect, compare."""
+"""Verbs of models on disk: import, inspect, compare, eval."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from spolia.cli.shared import Json, as_json, screen_width
-from spolia.errors import SpoliaError
+from spolia.cli.shared import Json, Overrides, as_json, screen_width
+from spolia.errors import SpoliaError, did_you_mean
 from spolia.runs import telling
 
 SOME = 3  # names shown of many
@@ -76,6 +76,34 @@ def compare(
 
     found = comparison.compare(*these, threads=threads)
     print(as_json(found.to_dict()) if json else found.to_text(screen_width()))
+
+
+def eval_(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, a model's folder or file, a hub id.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A YAML file whose pool names tasks; of a run, by default its own."),
+    ] = None,
+    overrides: Overrides = None,
+    to: Annotated[str, typer.Option(help="text, markdown, latex or csv.")] = "text",
+    json: Json = False,
+) -> None:
+    """Judge a model on a recipe's tasks, beside base and experts.
+
+    Nothing is trained or written. The recipe's method is left aside; a run is judged again on its own tasks.
+    """
+    from spolia.runs import evaluation, progress
+
+    forms = ("text", "markdown", "latex", "csv")
+    if to not in forms:
+        raise SpoliaError(f"there is no form `{to}`", where="--to", mend=did_you_mean(to, forms))
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():  # the first override of a run's own recipe
+        recipe, overrides = None, [recipe, *(overrides or [])]
+    found = evaluation.evaluate(model, recipe, overrides or (), progress=progress.choose(json=json))
+    if json:
+        print(as_json(found.to_dict()))
+    else:
+        print(found.to_text(screen_width()) if to == "text" else found.to_table(to))
 
 
 def _imported_text(told: dict[str, Any]) -> str:

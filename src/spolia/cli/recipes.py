@@ -48,6 +48,10 @@ def run(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default: runs/RECIPE.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in that folder and start over.")] = False,
+    seeds: Annotated[int | None, typer.Option(help="Repeats, each with its own seed: seeds=N.", min=1)] = None,
+    nproc: Annotated[
+        int, typer.Option(help="Processes of this machine that share the work; several machines: torchrun.", min=1)
+    ] = 1,
     quiet: Quiet = False,
     json: Json = False,
     dry_run: DryRun = False,
@@ -57,10 +61,13 @@ def run(
     A folder that already holds a run of the same recipe is taken up again; one of another recipe is refused, with the
     difference. Ctrl-C finishes the step and saves; twice stops at once.
     """
+    from spolia.core.dist import asked
     from spolia.runs import progress, verbs
 
+    quiet, json = quiet or asked()[0] > 0, json and asked()[0] == 0  # of several processes the first speaks
     reporter = progress.choose(quiet, json)
-    done = verbs.run(recipe, out, overrides=overrides or (), fresh=fresh, dry_run=dry_run, progress=reporter)
+    overrides = [*(overrides or ()), *([f"seeds={seeds}"] if seeds else ())]
+    done = verbs.run(recipe, out, overrides=overrides, fresh=fresh, dry_run=dry_run, nproc=nproc, progress=reporter)
     if isinstance(done, Path):
         print_run(done, quiet, json)
     elif not quiet:
@@ -129,9 +136,19 @@ def report(
 
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")] = Path("spolia-demo"),
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Open nothing.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge experts on real digits, in a minute."""
-    from spolia.runs.demo import demo as run_demo
+    import sys
+    import webbrowser
 
-    print_run(run_demo(out, quiet=quiet), quiet, json=False)
+    from spolia.runs.demo import demo as run_demo
+    from spolia.runs.describe import first_looks
+
+    done = run_demo(out, quiet=quiet)
+    print_run(done, quiet, json=False)
+    if not quiet:
+        print(f"\n{first_looks()}")
+        if not no_browser and sys.stdout.isatty():
+            webbrowser.open((done / "report.html").resolve().as_uri())

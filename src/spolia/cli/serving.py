@@ -26,8 +26,8 @@ def serve(
 ) -> None:
     """Serve experts over HTTP, by the Open Inference Protocol, until Ctrl-C."""
     from spolia.parts.api_answers import Answering
-    from spolia.runs import serve as serving
-    from spolia.runs.serve_experts import open_expert
+    from spolia.runs.serve_experts import Served
+    from spolia.runs.serve_experts import serve as serve_until_interrupted
 
     known = get_args(Answering)
     if answers not in known:
@@ -35,15 +35,12 @@ def serve(
     secret = None if token is None else os.environ.get(token)
     if token is not None and not secret:
         raise SpoliaError("is not set", where=token, mend=f"export {token}=…, or leave --token away")
-    serving.check_installed()
-    how = {"top": top, "decimals": decimals, "most": most, "seed": seed}
-    opened = [open_expert(given, answers=answers, **how) for given in experts]  # type: ignore[arg-type]
-    app = serving.application(opened, token=secret)
 
-    def ready(url: str) -> None:
-        for expert in opened:
+    def ready(url: str, served: list[Served]) -> None:
+        for expert in served:
             print(f"{url}/v2/models/{expert.name}  classes {', '.join(expert.contract.classes)}")
         print("stop with Ctrl-C", file=sys.stderr, flush=True)
         sys.stdout.flush()
 
-    serving.serve(app, host, port, ready)
+    how = {"top": top, "decimals": decimals, "most": most, "token": secret, "seed": seed}
+    serve_until_interrupted(experts, host=host, port=port, answers=answers, ready=ready, **how)  # type: ignore[arg-type]

@@ -18,20 +18,14 @@ def ui(
 
     Until Ctrl-C; for this machine alone, and who has the printed address. Nothing in the folder is changed.
     """
-    import secrets
     import webbrowser
 
-    from spolia.reports.pages import render
-    from spolia.runs.serve import serve
-    from spolia.runs.ui import HOST, application
+    from spolia.runs import verbs
 
-    token = secrets.token_urlsafe(24)
-    app = application(folder, token, render)
-
-    def ready(url: str) -> None:
-        print(f"{url}/{token}/", flush=True)
+    def ready(address: str) -> None:
+        print(address, flush=True)
         print("stop with Ctrl-C", file=sys.stderr, flush=True)
         if not no_browser and sys.stdout.isatty():
-            webbrowser.open(f"{url}/{token}/")
+            webbrowser.open(address)
 
-    serve(app, HOST, port, ready)
+    verbs.ui(folder, port=port, ready=ready)

@@ -14,8 +14,6 @@ included. A loop left by `break` or an exception goes on from its last checkpoin
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import time
@@ -26,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from spolia.core import kept
-from spolia.core.files import unreadable
-from spolia.core.staging import disk_error
+from spolia.core.dist import anyone, told
+from spolia.core.metrics import Metrics
 from spolia.errors import SpoliaError
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """Told after every step: the phase, steps done, steps in all, the latest numbers logged."""
 
+_SEEN_LATE = 60.0  # seconds until a file must have been seen
 KEEP_LAST = 2  # checkpoints of a loop: should the newest be damaged, the one before it still stands
 
 
@@ -44,7 +43,9 @@ class Journal:
     """Reports and resumes loops. `folder` is a run folder: checkpoints/loops/ and metrics.jsonl are written there.
 
     `save_every` is in seconds of wall time; 0 saves after every step. Of several processes that make the same steps one
-    writes; the others `follow`: they resume from its checkpoints and leave no trace.
+    writes; the others `follow`: they resume from its checkpoints and leave no trace. `together`: all of them go through
+    the same loops with this journal. Then they stop at the same step, and a kept loop that is not `shared` is the first's
+    alone: the others take up what it kept at the end.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class Journal:
         progress: Progress | None = None,
         save_every: float = 10.0,
         follow: bool = False,
+        together: bool = False,
     ):
         self.folder = None if folder is None else Path(folder)
         self.seconds: dict[str, float] = {}  # wall time of each phase in this process
         self.stop_requested = False
+        self.most_steps: int | None = None  # after which it stops as if asked to
         self._progress = progress
         self._save_every = save_every
         self._phases: list[str] = []
@@ -65,8 +68,8 @@ class Journal:
         self._label: str | None = None  # the running loop
         self._step: int | None = None
         self._numbers: dict[str, float] = {}
-        self._follow = follow
-        self._metrics = None if self.folder is None or follow else _Metrics(self.folder / "metrics.jsonl")
+        self._follow, self._together = follow, together
+        self._metrics = None if self.folder is None or follow else Metrics(self.folder / "metrics.jsonl")
 
     def request_stop(self) -> None:
         """Ask the running loop to finish its step, save, and raise Interrupted. Safe to call from a signal handler."""
@@ -97,12 +100,13 @@ class Journal:
         if self._metrics is not None:
             self._metrics.append(self._label or self.current, self._step, self._numbers)
 
-    def steps(self, n: int, keep: Mapping[str, Any] | None = None) -> Iterator[int]:
+    def steps(self, n: int, keep: Mapping[str, Any] | None = None, *, shared: bool = False) -> Iterator[int]:
         """Step numbers 0 … n-1, from where an earlier run left off.
 
         Every value of `keep` is restored in place: objects with state_dict(), torch and numpy generators, tensors,
         arrays, dicts, lists. Without `keep` nothing is saved and the loop always begins at 0; such a loop may stand
-        inside another. Raises SpoliaError when the folder holds the loop with another n or other names.
+        inside another. `shared`: the processes of a group make every step together. Raises SpoliaError when the folder
+        holds the loop with another n or other names.
         """
         if self._label is not None:
             if keep and self.folder is not None:  # its order within the phase would change on resume
@@ -115,8 +119,12 @@ class Journal:
             kept.kind(name, value)  # refuse before the work, not at the first save
         if self.folder is not None and keep:
             loop = _Loop(self.folder / "checkpoints" / "loops", label, n, keep)
-        self._raise_if_stopped(label)
-        done = loop.resume() if loop is not None else 0
+        common = self._together and (shared or loop is None)
+        self._end_if(self._stopping(self._together), label)
+        if self._follow and self._together and loop is not None and not shared:
+            self._taken_up(loop, label)
+            return
+        done = self._resumed(loop, shared)
         if self._metrics is not None:
             self._metrics.forget(label, done)
         if self._progress is not None and done:
@@ -126,23 +134,53 @@ class Journal:
             for step in range(done, n):
                 self._step = step
                 yield step
+                if self.most_steps is not None:
+                    self.most_steps -= 1
+                    if self.most_steps <= 0:
+                        self.stop_requested = True
                 if self._progress is not None:
                     self._progress(label, step + 1, n, self._numbers)
+                stop = self._stopping(common)
                 due = time.monotonic() - saved_at >= self._save_every
-                if loop is not None and not self._follow and (due or self.stop_requested or step + 1 == n):
+                if loop is not None and not self._follow and (due or stop or step + 1 == n):
                     loop.save(step + 1)
                     saved_at = time.monotonic()
-                self._raise_if_stopped(label)
+                if stop and self._together and not common:
+                    told("stopped")
+                self._end_if(stop, label)
         finally:
             self._label = self._step = None
+        if self._together and not common:
+            told("done")
 
     def _next_label(self) -> str:
         phase = self.current or "loop"
         self._loops[phase] = count = self._loops.get(phase, 0) + 1
         return phase if count == 1 else f"{phase} ({count})"
 
-    def _raise_if_stopped(self, label: str) -> None:
-        if self.stop_requested:
+    def _resumed(self, loop: _Loop | None, shared: bool) -> int:
+        """Steps done before; of a shared loop those that the first process found, in all."""
+        if loop is None:
+            return 0
+        if not (self._together and shared):
+            return loop.resume(clean=not self._follow)
+        done = told(None if self._follow else loop.resume())
+        if self._follow and done:
+            loop.await_(done)
+        return done
+
+    def _taken_up(self, loop: _Loop, label: str) -> None:
+        """Wait for the first process to end its loop, and have what it kept."""
+        if told() != "done":
+            raise Interrupted(f"stopped in {label}")
+        loop.await_(loop.n)
+
+    def _stopping(self, common: bool) -> bool:
+        """Whether to stop here. Of processes that make a step together all do what one was asked, at the same step."""
+        return anyone(self.stop_requested) if common else self.stop_requested
+
+    def _end_if(self, stop: bool, label: str) -> None:
+        if stop:
             raise Interrupted(f"stopped in {label}")
 
 
@@ -157,9 +195,22 @@ class _Loop:
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.safetensors"), reverse=True)
 
-    def resume(self) -> int:
+    def await_(self, done: int) -> None:
+        """Restore what another process has kept after so many steps: over a network a file may be seen late."""
+        if not self.n:
+            return
+        file, since = self.folder / f"step-{done:08d}.safetensors", time.monotonic()
+        while not file.exists():
+            if time.monotonic() - since > _SEEN_LATE:
+                mend = "give all processes the same run folder, on a disk that all machines share"
+                raise SpoliaError("does not see what the first process keeps", where=str(file), mend=mend)
+            time.sleep(0.05)
+        if self.resume(clean=False) != done:
+            raise self._refusal("is not whole where another process reads it", file)
+
+    def resume(self, clean: bool = True) -> int:
         """Restore the newest sound checkpoint; the number of steps done, 0 when there is none."""
-        for part in self.folder.glob("*.part"):
+        for part in self.folder.glob("*.part") if clean else ():
             part.unlink(missing_ok=True)
         for file in self._files():
             try:
@@ -198,65 +249,3 @@ class _Loop:
     def _refusal(self, what: str, file: Path) -> SpoliaError:
         mend = f"use a new run folder, or delete {file.parent} to begin this loop again"
         return SpoliaError(what, where=f"{file} ({self.label})", mend=mend)
-
-
-class _Metrics:
-    """metrics.jsonl: appended line by line; lines of steps that will be done again are dropped on resume."""
-
-    def __init__(self, file: Path):
-        self.file = file
-        try:
-            lines = file.read_bytes().split(b"\n") if file.exists() else []
-        except OSError as error:
-            raise unreadable(error, file) from None
-        self._old = [entry for entry in map(_parse, lines) if entry is not None]  # what an earlier process left
-        self._opened = False
-        last = max((entry["time"] for entry in self._old if isinstance(entry.get("time"), int | float)), default=0.0)
-        self._zero = time.monotonic() - last
-
-    def append(self, phase: str, step: int | None, numbers: Mapping[str, float]) -> None:
-        if not self._opened:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.forget("", None)
-            self._end_the_last_line()
-            self._opened = True
-        entry: dict[str, Any] = {"time": round(time.monotonic() - self._zero, 3), "phase": phase, "step": step}
-        entry |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # strict JSON
-        try:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry, allow_nan=False) + "\n")
-        except OSError as error:
-            raise disk_error(error, self.file) from None
-
-    def forget(self, phase: str, first_step: int | None) -> None:
-        """Drop an earlier process's lines of `phase` from `first_step` on; None drops those outside a loop."""
-
-        def again(entry: dict[str, Any]) -> bool:
-            if entry.get("phase") != phase:
-                return False
-            step = entry.get("step")
-            return step is None if first_step is None else isinstance(step, int) and step >= first_step
-
-        if not any(again(entry) for entry in self._old):
-            return
-        self._old = [entry for entry in self._old if not again(entry)]
-        lines = self.file.read_bytes().split(b"\n")
-        stay = [line for line in lines if (entry := _parse(line)) is not None and not again(entry)]
-        part = self.file.with_name(self.file.name + ".part")
-        part.write_bytes(b"".join(line + b"\n" for line in stay))
-        part.replace(self.file)
-
-    def _end_the_last_line(self) -> None:
-        """Cut a line that an earlier process left half-written."""
-        if self.file.exists():
-            raw = self.file.read_bytes()
-            if raw and not raw.endswith(b"\n"):
-                os.truncate(self.file, raw.rfind(b"\n") + 1)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return entry if isinstance(entry, dict) else None

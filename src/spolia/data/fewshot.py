@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spolia.core.lazy import np, torch
 from spolia.data.digits import digits
 from spolia.data.images import packed_file, read_parts, resized, sound
+from spolia.data.tables import without_datasets
 from spolia.errors import Problems, SpoliaError, did_you_mean
 from spolia.parts.classes import ClassSet
 
@@ -116,8 +117,7 @@ def dataset_classes(
         try:
             from datasets import load_dataset  # type: ignore[import-not-found]
         except ImportError:
-            what = "the package `datasets` is not installed"
-            raise SpoliaError(what, where=source, mend="pip install 'spolia[data]'") from None
+            raise without_datasets(source) from None
         try:
             source = load_dataset(source, split=split)
         except (OSError, ValueError) as error:

@@ -49,7 +49,7 @@ def fetch(text: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         what = f"`{text}` is no folder here, and huggingface_hub, which would fetch it, is not installed"
-        raise SpoliaError(what, where=text, mend=f"pip install huggingface_hub; or {by_hand}") from None
+        raise SpoliaError(what, where=text, mend=f"pip install 'spolia[hub]'; or {by_hand}") from None
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns=NOT_FILES))
     except Exception as error:  # its own errors, those of its transport, and those of the disk

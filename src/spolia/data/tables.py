@@ -182,15 +182,18 @@ def _quoting(file: Path) -> Literal[0, 3]:
 # --- data sets by name -----------------------------------------------------------------------------------------------
 
 
+def without_datasets(where: str = "") -> SpoliaError:
+    """The library `datasets`, which loads what is named at `where`, is not there."""
+    what = "is loaded by `datasets`, which is not installed"
+    return SpoliaError(what, where=where, mend="pip install 'spolia[data]'; or write the inputs to an npz file")
+
+
 def read_dataset(name: str, config: str | None, split: str | None) -> Any:
     """The part `split` of a data set of the library `datasets`, which fetches it. SpoliaError where it cannot."""
     try:
         import datasets  # type: ignore[import-not-found]
     except ImportError:
-        what = "is loaded by `datasets`, which is not installed"
-        raise SpoliaError(
-            what, where=name, mend="pip install 'spolia[data]'; or write the inputs to an npz file"
-        ) from None
+        raise without_datasets(name) from None
     if split is None:
         raise SpoliaError("no part of it is named", where=name, mend="add `split: train`, validation or test")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -204,11 +205,11 @@ def _missing(models: list[Expert], wires: Mapping[str, Wire], problems: Problems
             continue
         for name, wanted in pairs:
             owner = models[owners[name]]
-            problems.add(
-                models[i].name,
-                f"lacks tensor `{wanted}`, which {owner.name} has",
-                "use complete fine-tunes of one base",
-            )
+            own = [other for other in models[i].weights.entries if other not in owner.weights.entries]
+            near = difflib.get_close_matches(wanted, own, 1, 0.85)
+            cure = f"it has `{near[0]}`: rename that; or " if near else ""
+            what = f"lacks tensor `{wanted}`, which {owner.name} has"
+            problems.add(models[i].name, what, cure + "use complete fine-tunes of one base")
     return {name for pairs in lacking.values() for name, _ in pairs}
 
 

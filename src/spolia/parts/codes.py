@@ -122,6 +122,6 @@ def _sionna() -> Any:
     try:
         from sionna.phy.fec import ldpc  # type: ignore[import-not-found]
     except ImportError as error:
-        mend = "pip install sionna-no-rt, or take the convolutional code"
+        mend = "pip install 'spolia[comms]', or take the convolutional code"
         raise SpoliaError(f"sionna cannot be imported: {error}", where="ldpc", mend=mend) from None
     return ldpc

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from spolia.errors import Problems
 from spolia.runs.continual_problems import DigitsStream, PackedStream
-from spolia.runs.schema import Shape
+from spolia.runs.schema import Device, Shape
 
 Where = Callable[[tuple[Any, ...]], str]
 _ADDRESS = re.compile(r"(https?://[^/?#\s]+)(?:/v2/models/([^/?#\s]+))?/?")
@@ -88,7 +88,7 @@ class PackedApis(ApiProblem):
     )
     width: int = Field(32, description="hidden units of mlp, channels of conv4 or of a ResNet's first stage", ge=1)
     budget: int = Field(500_000, description="items that an API may be asked in a repeat; an item is one input", ge=1)
-    device: str = Field("cpu", description="where networks run: cpu, cuda")
+    device: Device = Field("cpu", description="where networks run: cpu, cuda, or auto")
 
 
 PROBLEMS: dict[str, type[ApiProblem]] = {"apis": DigitsApis, "packed_apis": PackedApis}

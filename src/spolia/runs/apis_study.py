@@ -86,7 +86,7 @@ def run_study(recipe: StudyRecipe, run: RunFolder, progress: Any) -> None:
     lines = lines_of(recipe)
     left = [seed for seed in recipe.every_seed if not (run.path / _scores(seed)).exists()]
     total = len(left) * sum(_steps(line, recipe) for line in lines)
-    journal = Journal(run.path, progress=follow(progress, total))
+    journal = run.journal(follow(progress, total))
     found: list[dict[str, Any]] = []
     with recorded(run, journal, progress, total), one_thread() if isinstance(problem, DigitsApis) else nullcontext():
         for seed in recipe.every_seed:
@@ -199,7 +199,7 @@ def problem_text(method: Method, tiny: bool) -> str:
             "  urls: []  # http://HOST/v2/models/NAME of each API, in the place of experts trained here",
             "  token: null  # environment variable that holds the servers' bearer token",
             "  network: resnet8  # of the model that learns",
-            "  device: cpu  # cpu, cuda",
+            "  device: cpu  # cpu, cuda, auto",
         ]
     return "\n".join(["", "problem:", *lines])
 

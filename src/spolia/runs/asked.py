@@ -52,6 +52,22 @@ def check_settings(method: Method, given: Mapping[str, Any] | Settings | None, e
     return checked
 
 
+def read_request(path: str | os.PathLike[str]) -> MergeRequest:
+    """The merge that a recipe file asks for, in either form."""
+    from spolia.runs.mergekit import is_mergekit, read_mergekit
+    from spolia.runs.recipe import check_recipe, read_source
+
+    source = read_source(str(path))
+    if source.documents:
+        what = f"{len(source.documents)} documents in one file"
+        raise SpoliaError(what, where=str(path), mend=f"spolia merge {path} OUT")
+    if is_mergekit(source.marked.value):
+        request = read_mergekit(source.marked, folder=source.folder)
+        request.recipe, request.recipe_name = source.text, "mergekit_config.yml"
+        return request
+    return request_of(check_recipe(source))
+
+
 def request_of(recipe: Recipe | StudyRecipe) -> MergeRequest:
     """The merge that a native recipe over folders asks for. Models of the hub are fetched."""
     from spolia.runs.recipe import Recipe

@@ -13,6 +13,7 @@ from spolia.bench.multitask import AVERAGE, paired
 from spolia.errors import Problems, SpoliaError
 from spolia.runs.describe import columns
 
+_OWN = ("merge", "surgery", "choice of scale")  # what a method looks at; runs may differ in it, and are told to
 MOST_LINES = 60  # of a difference of recipes, in the text form
 
 
@@ -100,7 +101,7 @@ def compare_runs(folders: list[Path]) -> RunComparison:
     comparison = RunComparison([str(folder) for folder in folders], rows, seeds)
     texts = [_text(folder / "recipe.yaml") for folder in folders]
     comparison.recipes = [recipe_difference(texts[0], text) for text in texts[1:]]
-    comparison.notes = _notes(comparison)
+    comparison.notes = [*_notes(comparison), *_seen(folders, results)]
     return comparison
 
 
@@ -144,8 +145,8 @@ def _alike(folders: list[Path], results: list[dict[str, Any]]) -> None:
     metrics = {row["metric"] for row in first["rows"]}
     for folder, one in zip(folders[1:], results[1:], strict=True):
         data, other = first.get("data") or {}, one.get("data") or {}
-        changed = [key for key in dict.fromkeys([*data, *other]) if data.get(key) != other.get(key)]
-        for key in changed:
+        keys = dict.fromkeys(key for key in (*data, *other) if key not in _OWN)
+        for key in [key for key in keys if data.get(key) != other.get(key)]:
             what = f"data of `{key}`: {other.get(key) or 'none'}; in {folders[0]}: {data.get(key) or 'none'}"
             problems.add(str(folder), what, "numbers on other data do not compare: run both on the same")
         own = {row["metric"] for row in one["rows"]}
@@ -153,6 +154,15 @@ def _alike(folders: list[Path], results: list[dict[str, Any]]) -> None:
             what = f"measured {', '.join(sorted(own)) or 'nothing'}, {folders[0]} {', '.join(sorted(metrics)) or 'nothing'}"
             problems.add(str(folder), what, "compare runs that share a metric")
     problems.raise_if_any()
+
+
+def _seen(folders: list[Path], results: list[dict[str, Any]]) -> list[str]:
+    """What the methods looked at, where that is not the same."""
+    told = [{key: one["data"][key] for key in _OWN if key in (one.get("data") or {})} for one in results]
+    if all(one == told[0] for one in told):
+        return []
+    said = [", ".join(f"{key}: {what}" for key, what in one.items()) or "nothing" for one in told]
+    return [f"{folder} saw: {what}." for folder, what in zip(folders, said, strict=True)]
 
 
 Scores = dict[int, dict[str, Any]]

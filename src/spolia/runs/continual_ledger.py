@@ -134,14 +134,14 @@ def summary(recipe: StudyRecipe, found: list[dict[str, Any]]) -> str:
     def values(label: str, metric: str) -> list[Any]:
         return [value_of(one, metric, judged) for one in learners[label]]
 
-    def shown(entry: Entry) -> str:
+    def shown(entry: Entry, verb: str = "") -> str:
         interval = t_interval(values(entry.label, main))
         span = "" if interval.low is None else f" [{max(0.0, interval.low):.1f}, {min(100.0, interval.high or 0):.1f}]"
-        return f"{entry.label} {interval.mean:.1f} %{span}"
+        return f"{entry.label}{verb} {interval.mean:.1f} %{span}"
 
     count = f"{len(found)} seeds" if len(found) > 1 else "one seed"
     beside = ", ".join(shown(entry) for entry in entries if not entry.own)
-    text = f"On {task}, over {count}, {shown(own)} of {main}; beside it {beside}"
+    text = f"On {task}, over {count}, {shown(own, ' reaches')} {main}; beside it {beside}"
     lost = [value for value in values(own.label, FORGETTING) if value is not None]
     if lost:
         text += f"; it forgot {t_interval(lost).mean:.1f} points"

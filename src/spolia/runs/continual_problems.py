@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from spolia.data.tables import without_datasets
 from spolia.errors import SpoliaError
-from spolia.runs.schema import Shape
+from spolia.runs.schema import Device, Shape
 
 Scenario = Literal["class", "task", "domain", "online"]
 NETWORKS = ("mlp", "conv4", "resnet8", "resnet14", "resnet20", "resnet32")
@@ -71,7 +72,7 @@ class _Large(Continual):
     augment: Literal["none", "crops"] = Field(
         "none", description="crops: images moved by up to four pixels and mirrored, anew each time they are shown"
     )
-    device: str = Field("cpu", description="where networks run: cpu, cuda")
+    device: Device = Field("cpu", description="where networks run: cpu, cuda, or auto")
 
 
 class PackedStream(_Large):
@@ -169,5 +170,4 @@ def check_datasets(name: str, where: str) -> None:
     if not name:
         raise SpoliaError("no data set is named", where=where, mend="write a name that `datasets` knows, or a folder")
     if find_spec("datasets") is None:
-        what = f"`{name}` is loaded by `datasets`, which is not installed"
-        raise SpoliaError(what, where=where, mend="pip install 'spolia[data]'; or write the inputs to an npz file")
+        raise without_datasets(f"{where} {name}")

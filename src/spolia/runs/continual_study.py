@@ -119,7 +119,7 @@ def run_study(recipe: StudyRecipe, run: RunFolder, progress: Any) -> None:
     entries, problem = entries_of(recipe), recipe.problem
     left = [seed for seed in recipe.every_seed if not (run.path / _scores(seed)).exists()]
     total = len(left) * len(entries) * _steps(problem)
-    journal = Journal(run.path, progress=follow(progress, total))
+    journal = run.journal(follow(progress, total))
     found: list[dict[str, Any]] = []
     with recorded(run, journal, progress, total), one_thread() if isinstance(problem, DigitsStream) else nullcontext():
         for seed in recipe.every_seed:

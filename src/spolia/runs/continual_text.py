@@ -33,7 +33,7 @@ def problem_text(method: Method, tiny: bool) -> str:
             "  batch: 32  # examples of a step",
             "  network: resnet20  # mlp, conv4, resnet8, resnet14, resnet20, resnet32",
             "  augment: crops  # moved by up to four pixels and mirrored; also: none",
-            "  device: cpu  # cpu, cuda",
+            "  device: cpu  # cpu, cuda, auto",
         ]
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spolia.catalog import METHODS, find
+from spolia.core.dist import joined
 from spolia.core.journal import Journal
 from spolia.core.lazy import torch
 from spolia.core.settings import Settings
@@ -39,7 +40,8 @@ def datafree(
     pool's shape in 0 … 1; class means are taken of its outputs, or of what `embed(network, x)` gives. `probe`: a network for
     `embedding: probe`. `validation`: real labelled episodes, used by `reward: real` alone. With `journal`, a folder, the
     same call goes on after a kill. `watch(step, learner)` is a validation score; `learner.chosen()` has the best one's
-    weights. Nothing given is changed. Raises SpoliaError with what the audit of the pool found, before any step.
+    weights. Under torchrun every process makes the same call, and they share the models and tasks. Nothing given is
+    changed. Raises SpoliaError with what the audit of the pool found, before any step.
     """
     chosen = find(method, "method")
     if chosen.family != "datafree":
@@ -64,7 +66,8 @@ def datafree(
     problems.raise_if_any()
     from spolia.methods.datafree.combination import combined
 
-    told = journal if isinstance(journal, Journal) else Journal(journal)
-    return combined(
-        pool, network, checked, told, seed=seed, embed=embed, probe=probe, validation=validation, watch=watch
-    )
+    with joined() as (rank, _):
+        told = journal if isinstance(journal, Journal) else Journal(journal, follow=rank > 0)
+        return combined(
+            pool, network, checked, told, seed=seed, embed=embed, probe=probe, validation=validation, watch=watch
+        )

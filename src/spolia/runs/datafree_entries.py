@@ -102,7 +102,7 @@ def on_real_data(problem: DataFree, pool: WhitePool, held: Held, settings: Any, 
     shots, queries = settings.shots, min(settings.queries, 10)
     episodes = EpisodeSampler(sets, ways=problem.ways, shots=shots, queries=queries, seed=seed)
     optimizer = torch.optim.Adam(learner.network.parameters(), lr=settings.lr)
-    for step in journal.steps(real_steps(problem, settings), {"learner": learner, "optimizer": optimizer}):
+    for step in journal.steps(real_steps(problem, settings), {"learner": learner, "optimizer": optimizer}, shared=True):
         loss, _, gradient = learner.gradient(episodes.draw(settings.replay_tasks, step).floats())
         for name, weight in learner.weights().items():
             weight.grad = gradient.get(name)

@@ -139,7 +139,7 @@ def run_study(recipe: StudyRecipe, run: RunFolder, progress: Any) -> None:
     total = len(left) * (
         sum(entry.settings.steps for entry in entries) + real_steps(recipe.problem, entries[-1].settings)
     )
-    journal = Journal(run.path, progress=follow(progress, total))
+    journal = run.journal(follow(progress, total))
     found: list[dict[str, Any]] = []
     with recorded(run, journal, progress, total), one_thread():
         held, pool, attacks = _ground(recipe, run, journal) if left else (None, None, {})
@@ -174,7 +174,7 @@ def _ground(recipe: StudyRecipe, run: RunFolder, journal: Journal) -> tuple[Held
 
     held = classes_of(problem, recipe.seed)
     with journal.phase("pool"):  # a journal of its own: the bar is for what comes after
-        pool, attacks = make_pool(problem, held, recipe.seed, run.checkpoints / "pool", Journal(run.path))
+        pool, attacks = make_pool(problem, held, recipe.seed, run.checkpoints / "pool", run.journal())
     return held, pool, {expert.name: attack for expert, attack in zip(pool, attacks, strict=True) if attack}
 
 

@@ -23,6 +23,15 @@ FAMILIES = {
     "continual": "a stream of tasks, and nothing forgotten",
     "link": "text through noise, a language model at the receiver",
 }
+FIRST_LOOKS = {
+    "merge": "awd",
+    "surgery": "surgery",
+    "distill": "rkkd",
+    "meta": "msd",
+    "datafree": "free",
+    "continual": "refresh",
+    "link": "llm_sc",
+}
 _MEASURES = ("norm", "relative", "untouched", "effective_rank")
 _LEAST = 16  # a column is not wrapped narrower than this
 
@@ -60,6 +69,12 @@ def list_text(methods: Sequence[Method]) -> str:
 def list_data(methods: Sequence[Method]) -> list[dict[str, Any]]:
     keep = ("name", "family", "summary", "paper", "needs", "cost", "aliases")
     return [{key: value for key, value in asdict(method).items() if key in keep} for method in methods]
+
+
+def first_looks() -> str:
+    """One tiny recipe of each family."""
+    rows = [(f"spolia run {family}/{name}-tiny", FAMILIES[family]) for family, name in FIRST_LOOKS.items()]
+    return "a first look at each family\n" + columns(("", ""), rows, screen_width()).lstrip("\n")
 
 
 def show_text(method: Method) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from spolia.methods.distill.train import Training
-from spolia.runs.schema import Shape
+from spolia.runs.schema import Device, Shape
 
 DIGITS: dict[str, Any] = {
     "epochs": 50,
@@ -77,7 +77,7 @@ class ImageDistillation(Shape):
     teacher: Named = Field(description="network, or weights, or both: {network: resnet56, weights: PATH}")
     student: Named = Field(description="likewise; what it is trained from")
     teacher_epochs: float = Field(0, description="epochs with labels that the teacher is given first", ge=0)
-    device: str = Field("cpu", description="where networks run: cpu, cuda")
+    device: Device = Field("cpu", description="where networks run: cpu, cuda, or auto")
     training: _training(IMAGES) = _said(IMAGES)  # type: ignore[valid-type]
 
 

@@ -167,7 +167,7 @@ def run_study(recipe: StudyRecipe, run: RunFolder, progress: Any) -> None:
     entries = entries_of(recipe)
     left = [seed for seed in recipe.every_seed if not (run.path / _scores(seed)).exists()]
     total = len(left) * _steps(recipe.problem) * len(entries)
-    journal = Journal(run.path, progress=follow(progress, total))
+    journal = run.journal(follow(progress, total))
     found: list[dict[str, Any]] = []
     with recorded(run, journal, progress, total), one_thread():
         for seed in recipe.every_seed:

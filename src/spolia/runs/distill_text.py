@@ -58,7 +58,7 @@ def _images() -> str:
             "  teacher: resnet56",
             "  student: resnet20",
             "  teacher_epochs: 240  # with labels, before it teaches; 0 takes weights as they are",
-            "  device: cpu  # cpu, cuda",
+            "  device: cpu  # cpu, cuda, auto",
             "  # more: every setting of spolia.methods.distill.train.Training",
             f"  training: {{{pace}}}",
         ]

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spolia.catalog import find
-from spolia.core.journal import Journal
+from spolia.core.dist import world
+from spolia.core.journal import Interrupted
 from spolia.data.digits import SIZES
+from spolia.runs.asked import request_of
+from spolia.runs.devices import placed, repeatable
 from spolia.runs.digits_ledger import sees
 from spolia.runs.digits_pool import DATA_TOUCHED
 from spolia.runs.digits_study import SCALES, Entry, Study, needs_base, pool_of, run_study
+from spolia.runs.folder_ledger import figures as folder_figures
 from spolia.runs.lifecycle import follow, recorded
+from spolia.runs.measuring import Measured
 from spolia.runs.plan import Phase, Plan
 from spolia.runs.preprocessing import chained, went_through
+from spolia.runs.ranks import begun, check_shares
 from spolia.runs.recipe import Recipe
 from spolia.runs.schema import DigitsPool, FoldersPool
 from spolia.runs.store import RunFolder
@@ -35,6 +45,7 @@ _START, _PER_BASE, _PER_EXPERT, _PER_MERGE = 5.0, 0.5, 0.7, 0.2  # seconds on on
 _PER_STEP = 0.0025  # of a method that learns, and a domain
 _MEMORY = 450_000_000  # bytes of a process that has imported torch and scikit-learn
 _DISK = 500_000  # bytes of one model with the last checkpoints of its loop
+_TRIED = 2  # steps of a dry run
 
 
 def plan_recipe(recipe: Recipe | StudyRecipe, folder: RunFolder | None = None, machine: Machine | None = None) -> Plan:
@@ -47,7 +58,6 @@ def plan_recipe(recipe: Recipe | StudyRecipe, folder: RunFolder | None = None, m
         return plan_study(recipe, folder)
     if isinstance(recipe.pool, FoldersPool):
         from spolia.runs.merging import plan_merge
-        from spolia.runs.verbs import request_of
 
         output, target = recipe.output, folder.result if folder is not None else None
         return plan_merge(
@@ -67,29 +77,75 @@ def run_recipe(
 ) -> Path | Plan:
     """Runs `recipe` into `folder`, or goes on where the same recipe stopped there. Returns the folder's path.
 
-    With `dry_run` returns the plan and writes nothing.
+    With `dry_run` returns the plan, after the first steps in a folder that is gone again.
     """
     if dry_run:
-        return plan_recipe(recipe, folder)
+        plan = plan_recipe(recipe, folder)
+        if _has_steps(recipe) and world()[1] == 1:
+            plan.notes.append(_tried(recipe))
+        return plan
     plan = plan_recipe(recipe, folder)  # everything headers can tell, before any folder is made
+    settled, device = placed(recipe)  # and whether its device is there
+    check_shares(recipe, world()[1])
     study = _opened(recipe)  # and whether data and models are each other's
-    with folder as run:
-        run.begin(recipe.to_yaml(), fresh=fresh)
+    with begun(folder, recipe.to_yaml(), fresh) as run:
         run.write_json("plan.json", plan.to_dict())
-        run.write_env(seed=recipe.seed, seeds=list(range(recipe.seed, recipe.seed + recipe.seeds)))
-        if isinstance(recipe, StudyRecipe):
-            module_of(recipe.family).run_study(recipe, run, progress)
-        elif study is not None:
-            from spolia.runs.folder_study import run_study
-
-            run_study(study, run, progress)
-        elif isinstance(recipe.pool, FoldersPool):
-            _run_folders(recipe, recipe.pool, run, progress)
-        elif recipe.repair[0].family == "surgery":
-            run_surgery(recipe, run, progress)
-        else:
-            _run_digits(recipe, run, progress)
+        seeds = list(range(recipe.seed, recipe.seed + recipe.seeds))
+        run.write_env(seed=recipe.seed, seeds=seeds, device=device)
+        with _warnings_kept(run), repeatable(device):
+            _run(settled, study, run, progress)
     return folder.path
+
+
+def _run(recipe: Recipe | StudyRecipe, study: FolderStudy | None, run: RunFolder, progress: Any) -> None:
+    if isinstance(recipe, StudyRecipe):
+        module_of(recipe.family).run_study(recipe, run, progress)
+    elif study is not None:
+        from spolia.runs.folder_study import run_study
+
+        run_study(study, run, progress)
+    elif isinstance(recipe.pool, FoldersPool):
+        _run_folders(recipe, recipe.pool, run, progress)
+    elif recipe.repair[0].family == "surgery":
+        run_surgery(recipe, run, progress)
+    else:
+        _run_digits(recipe, run, progress)
+
+
+@contextmanager
+def _warnings_kept(run: RunFolder) -> Iterator[None]:
+    """Inside, what is warned of stands in log.txt too."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, *more: Any) -> None:
+        run.log(f"warning: {message}")
+        shown(message, *more)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning = shown
+
+
+def _has_steps(recipe: Recipe | StudyRecipe) -> bool:
+    """Whether a run takes steps that can be tried; merges of weights on disk take none."""
+    from spolia.runs.folder_plan import steps_of
+
+    return isinstance(recipe, StudyRecipe) or not isinstance(recipe.pool, FoldersPool) or steps_of(recipe) > 0
+
+
+def _tried(recipe: Recipe | StudyRecipe) -> str:
+    """Takes the first steps of a run, data, models and device as they will be; nothing of them stays."""
+    with tempfile.TemporaryDirectory(prefix="spolia-dry-run-") as place:
+        trial = RunFolder(Path(place) / "run")
+        trial.most_steps = _TRIED
+        with suppress(Interrupted):
+            run_recipe(recipe, trial)
+        status = trial.read_json("status.json")
+    spent = sum(status["seconds"].values())
+    end = status["message"] or "which is the whole run"
+    return f"tried: {_TRIED} steps, {end}, after {spent:.1f} s; nothing was kept"
 
 
 def _opened(recipe: Recipe | StudyRecipe) -> FolderStudy | None:
@@ -110,14 +166,14 @@ def _run_folders(recipe: Recipe, pool: FoldersPool, run: RunFolder, progress: An
     from spolia.runs import verbs
     from spolia.runs.merging import run_merge
 
-    journal = Journal(run.path)
+    journal = run.journal()
     with recorded(run, journal, progress, gentle=False):  # a merge goes on from any byte: Ctrl-C may stop it at once
         run.set_status("running", phase="merge")
         with journal.phase("merge"):
             if not run.result.exists():  # it appears when it is whole
                 output = recipe.output
                 run_merge(
-                    verbs.request_of(recipe),
+                    request_of(recipe),
                     run.result,
                     max_shard_size=output.max_shard_size,
                     chunk_memory=output.chunk_memory,
@@ -132,14 +188,15 @@ def _run_digits(recipe: Recipe, run: RunFolder, progress: Any) -> None:
     """A pool for every seed, the merge beside its baselines, and the first seed's merged encoder in result/."""
     study = study_of(recipe)
     left = study.steps_left(run)
-    journal = Journal(run.path, progress=follow(progress, left))
+    journal = run.journal(follow(progress, left))
     with recorded(run, journal, progress, left):
-        run_study(run, study, journal)
+        found = run_study(run, study, journal)
         if not run.result.exists():
             from spolia.runs.verbs import merge
 
             pool = pool_of(run, study, recipe.seed, journal)
-            looks = bool(recipe.method.data)
+            looks, whose = bool(recipe.method.data), " The weights are the first seed's." if recipe.seeds > 1 else ""
+            measured: Any = Measured(found | {"notes": found["notes"] + whose}, study.entries[-1].label)
             merge(
                 {domain: pool.expert(domain) for domain in pool.domains},
                 network=pool.network if looks else None,
@@ -153,7 +210,11 @@ def _run_digits(recipe: Recipe, run: RunFolder, progress: Any) -> None:
                 seed=recipe.seed,
                 max_shard_size=recipe.output.max_shard_size,
                 chunk_memory=recipe.output.chunk_memory,
+                evaluate=lambda _: measured,
             )
+        if recipe.method.data:  # what the first seed's merge learned
+            own = folder_figures(run, run.read_json("result/learned.json") or {}, {})
+            run.write_json("figures.json", [*(run.read_json("figures.json") or []), *own])
 
 
 def study_of(recipe: Recipe) -> Study:

@@ -81,7 +81,7 @@ def git_state() -> dict[str, Any] | None:
 def command_line() -> str:
     """The command to type again: `spolia run …`, or `python …` for a script."""
     program = Path(sys.argv[0]).name
-    if program in ("spolia", "spolia.exe"):
+    if program in ("spolia", "spolia.exe") or Path(sys.argv[0]).parts[-2:] == ("spolia", "__main__.py"):
         return shlex.join(["spolia", *sys.argv[1:]])
     return shlex.join(["python", *sys.argv]) if program not in ("", "-c") else "python"
 

@@ -56,19 +56,24 @@ def ledger(
     recipe = study.recipe
     merged, own = labels_of(recipe)
     beside = set(scores) - {merged, own}
-    if study.language:
-        likely = {k: [{t: language.Likelihood(*one) for t, one in v.items()}] for k, v in scores.items()}
-        rows = language.ledger_rows(likely, baselines=beside, against=AVERAGE if merged != AVERAGE else None)
-    else:
-        shares = {k: [{t: Share(*one) for t, one in v.items()}] for k, v in scores.items()}
-        rows = multitask.ledger_rows(shares, metric=METRIC, baselines=beside, against=AVERAGE)
     return run.ledger(
         recipe.name,
         data=data_touched(study, facts, repaired),
         seeds=[recipe.seed],
-        rows=rows,
+        rows=rows_of(scores, beside, study.language, AVERAGE if merged != AVERAGE or not study.language else None),
         notes=_notes(study, facts),
     )
+
+
+def rows_of(
+    scores: Mapping[str, Mapping[str, list[Any]]], beside: set[str], is_language: bool, against: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows of the ledger from counts: accuracy, or perplexity of language models."""
+    if is_language:
+        likely = {k: [{t: language.Likelihood(*one) for t, one in v.items()}] for k, v in scores.items()}
+        return language.ledger_rows(likely, baselines=beside, against=against)
+    shares = {k: [{t: Share(*one) for t, one in v.items()}] for k, v in scores.items()}
+    return multitask.ledger_rows(shares, metric=METRIC, baselines=beside, against=against)
 
 
 def data_touched(study: Study, facts: Mapping[str, Any], repaired: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -47,7 +47,7 @@ def run_study(study: Study, run: RunFolder, progress: Any) -> None:
     """Runs or finishes the recipe of `study` in `run`."""
     recipe = study.recipe
     steps = 0 if run.result.exists() else steps_of(recipe)
-    journal = Journal(run.path, progress=follow(progress, steps))
+    journal = run.journal(follow(progress, steps))
     with recorded(run, journal, progress, steps):
         run.set_status("running", phase="merge")
         with journal.phase("merge"):
@@ -108,9 +108,9 @@ def _judge_all(study: Study, run: RunFolder, state: State, models: Mapping[str, 
 
     pool, test = study.opened.pool, study.test
     if pool.base is not None and test and BASE not in scores:
-        keep(BASE, judged(study, of(_state(pool.base.weights))))
+        keep(BASE, judged(study, of(read_state(pool.base.weights))))
     for expert in pool.experts if EXPERTS not in scores and test else ():
-        home = judged(study, of(_state(expert.weights)), (expert.name,))
+        home = judged(study, of(read_state(expert.weights)), (expert.name,))
         scores[EXPERTS] = scores.get(EXPERTS, {}) | home
     if test:
         keep(EXPERTS, scores[EXPERTS])
@@ -163,7 +163,7 @@ class _Items:
         return self.examples.batch(range(*places.indices(len(self.examples))))
 
 
-def _state(weights: Any) -> State:
+def read_state(weights: Any) -> State:
     from spolia.parts.surgered import state_of
 
     with weights.opened():

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from spolia.errors import SpoliaError
-from spolia.runs.schema import Part, Shape
+from spolia.runs.schema import Device, Part, Shape
 
 
 class Sessions(Shape):
@@ -58,7 +58,7 @@ class _Images(Sessions):
         "half", description="half: 0 … 1 becomes -1 … 1; imagenet: its mean and deviation; none: 0 … 1"
     )
     augment: Literal["none", "crops"] = Field("crops", description="crops: moved by up to four pixels and mirrored")
-    device: str = Field("cpu", description="where the encoder runs: cpu, cuda")
+    device: Device = Field("cpu", description="where the encoder runs: cpu, cuda, or auto")
 
 
 class PackedSessions(_Images):
@@ -104,7 +104,7 @@ class DataSessions(Sessions):
     pool: Literal["first", "mean"] = Field(
         "first", description="an input's feature: its first token, or the mean of all"
     )
-    device: str = Field("cpu", description="where the encoder runs: cpu, cuda")
+    device: Device = Field("cpu", description="where the encoder runs: cpu, cuda, or auto")
 
 
 PROBLEMS: dict[str, type[Sessions]] = {

@@ -115,7 +115,7 @@ def run_study(recipe: StudyRecipe, run: RunFolder, progress: Any) -> None:
     total = len(left) * (
         sum(_steps(problem, name) for name in labels) + (0 if problem.encoder else problem.pretraining)
     )
-    journal = Journal(run.path, progress=follow(progress, total))
+    journal = run.journal(follow(progress, total))
     found: list[dict[str, Any]] = []
     with (
         recorded(run, journal, progress, total),

@@ -30,7 +30,7 @@ def problem_text(method: Method, tiny: bool) -> str:
             "  pixels: 224  # side of the images as the encoder sees them",
             "  norm: half  # half: -1 … 1, as that encoder was trained; imagenet, none",
             "  augment: crops  # moved by up to four pixels and mirrored; also: none",
-            "  device: cpu  # cpu, cuda",
+            "  device: cpu  # cpu, cuda, auto",
         ]
     return "\n".join(["", "problem:", *lines])
 

@@ -9,25 +9,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from spolia.core.dist import asked
+
 
 @contextmanager
-def gentle_stop(request_stop: Callable[[], None]) -> Iterator[None]:
+def gentle_stop(request_stop: Callable[[], None], *, say: bool = True) -> Iterator[None]:
     """Inside, the first SIGINT or SIGTERM calls `request_stop`; the next raises KeyboardInterrupt.
 
-    Signals reach the main thread alone: elsewhere this does nothing.
+    Signals reach the main thread alone: elsewhere this does nothing. Of several processes the first says what happens.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = False
+    once, (rank, ranks) = False, asked()
 
-    def on_signal(_number: int, _frame: Any) -> None:
-        nonlocal asked
-        if asked:
+    def on_signal(number: int, _frame: Any) -> None:
+        nonlocal once
+        if once:
             raise KeyboardInterrupt
-        asked = True
+        once = True
         request_stop()
-        print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr, flush=True)
+        ending = (
+            ranks > 1 and number == signal.SIGTERM
+        )  # whoever started us ends us, because another process has failed
+        if say and rank == 0 and not ending:
+            print("\nfinishing this step, then saving; once more to stop at once", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -71,7 +71,6 @@ def merge_learned(
     steps: tuple[Step, ...] = (),
 ) -> tuple[Learned, dict[str, Any]]:
     """The learned merge and, with `out`, the facts of the card in the folder that was written."""
-    from spolia.core.dist import world
     from spolia.runs.references import located
 
     pool = ExpertPool.of(experts if isinstance(experts, Mapping) else list(experts), base, located)
@@ -91,7 +90,7 @@ def merge_learned(
         progress=progress,
     )
     facts: dict[str, Any] = {}
-    if out is not None and int(os.environ.get("RANK", world()[0])) == 0:
+    if out is not None and _writes(out):
         values = list(experts.values() if isinstance(experts, Mapping) else experts)
         named = {expert.name: given for expert, given in zip(pool.experts, values, strict=True)}
         facts = write_folder(
@@ -215,6 +214,14 @@ def write_folder(
         staging.write_text("README.md", render(facts))
         staging.finish()
     return facts
+
+
+def _writes(out: Path) -> bool:
+    """Whether this process writes the folder: the first one does, and any other that has another folder."""
+    from spolia.core.dist import told, world
+
+    own = str(out.resolve())
+    return told(own) != own or world()[0] == 0
 
 
 def _check_out(out: Path, pool: ExpertPool, method: Method, settings: Any, overwrite: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from spolia.core.journal import Journal
 from spolia.runs.interrupt import gentle_stop
+from spolia.runs.ranks import message_of
 from spolia.runs.store import RunFolder
 
 
@@ -27,20 +28,21 @@ def recorded(run: RunFolder, journal: Journal, progress: Any, total: int = 0, *,
         seconds.update(phase_seconds(journal))  # adds: a run may take several sittings
         memory = max(peak_memory() or 0, before.get("peak_memory_bytes") or 0) or None
         run.set_status(state, message=message, seconds=dict(seconds), peak_memory_bytes=memory)
-        report(run.path)
+        if run.leads and run.most_steps is None:
+            report(run.path)
 
     if progress is not None and total:
         progress.start("train and merge", total)
-    try:
-        with gentle_stop(journal.request_stop) if gentle else nullcontext():
+    with gentle_stop(journal.request_stop) if gentle else nullcontext():  # a signal spares what is told at the end
+        try:
             yield
-    except KeyboardInterrupt as stop:
-        end("interrupted", str(stop))
-        raise
-    except BaseException as error:
-        end("failed", f"{type(error).__name__}: {error}"[:300])
-        raise
-    end("done")
+        except KeyboardInterrupt as stop:
+            end("interrupted", str(stop))
+            raise
+        except BaseException as error:
+            end("failed", message_of(error))
+            raise
+        end("done")
 
 
 def phase_seconds(journal: Journal) -> dict[str, float]:

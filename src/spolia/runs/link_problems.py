@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 from spolia.data.texts import Texts, file_texts, packed_files, packed_texts, python_texts
 from spolia.errors import SpoliaError, did_you_mean
 from spolia.parts.channel import Burst, Channel
-from spolia.runs.schema import Shape
+from spolia.runs.schema import Device, Shape
 
 Model = Literal["uniform", "unigram", "ngram", "tiny_lm"]
 Beside = Literal["no_model", "published", "llm_sc", "separate", "huffman", "utf8", "deepsc"]
@@ -109,7 +109,7 @@ class LinkProblem(Shape):
     batch: int = Field(32, description="frames sent at once", ge=1)
     embedding: Path | None = Field(None, description="folder of a text encoder that compares sent and read")
     small: bool = Field(False, description="networks trained here are cut down to what learns in seconds")
-    device: str = Field("cpu", description="where models run: cpu, cuda")
+    device: Device = Field("cpu", description="where models run: cpu, cuda, or auto")
 
     @field_validator("snr")
     @classmethod
@@ -167,7 +167,7 @@ def texts_of(problem: LinkProblem, seed: int) -> Texts:
     return python_texts(seed)
 
 
-def check_files(problem: LinkProblem) -> None:
+def check_files(problem: LinkProblem, settings: Any) -> None:
     """SpoliaError where files or packages are missing; nothing is read."""
     from importlib.util import find_spec
 
@@ -190,3 +190,6 @@ def check_files(problem: LinkProblem) -> None:
         if find_spec(package) is None:
             mend = "pip install 'spolia[llm]', or send bytes: `vocabulary: 256`"
             raise SpoliaError(f"{package} is not installed", where="problem", mend=mend)
+    if getattr(settings, "code", "") == "ldpc" and find_spec("sionna") is None:
+        mend = "pip install 'spolia[comms]', or write `code: convolutional`"
+        raise SpoliaError("sionna, whose code it is, is not installed", where="method.code", mend=mend)

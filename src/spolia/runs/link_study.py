@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from spolia.catalog import Method
 from spolia.core import tensorfile
-from spolia.core.journal import Journal
 from spolia.errors import Problems, SpoliaError
 from spolia.methods.link.deepsc import DeepSC, DeepSCLink
 from spolia.runs import link_figures, link_ledger
@@ -72,7 +71,7 @@ def check_study(
 def plan_study(recipe: StudyRecipe) -> Plan:
     """What running the recipe would do. SpoliaError for files that are not there."""
     problem, schemes = recipe.problem, schemes_of(recipe)
-    check_files(problem)
+    check_files(problem, recipe.settings)
     touched, own = data_of(problem, recipe.method.name), schemes[-1].label
     each = f" for each of {recipe.seeds} seeds" if recipe.seeds > 1 else ""
     learn = [s.label for s in schemes if s.kind == "deepsc"] + ["tiny_lm"] * (problem.prior == "tiny_lm")
@@ -125,10 +124,10 @@ def _training(s: DeepSC, length: int) -> float:
 
 def run_study(recipe: StudyRecipe, run: RunFolder, progress: Any) -> None:
     """Every seed, the table and figures, and the first seed's ends in result/."""
-    check_files(recipe.problem)
+    check_files(recipe.problem, recipe.settings)
     left = [seed for seed in recipe.every_seed if not (run.path / _kept(seed)).exists()]
     total = len(left) * _steps(recipe)
-    journal, found = Journal(run.path, progress=follow(progress, total)), list[dict[str, Any]]()
+    journal, found = run.journal(follow(progress, total)), list[dict[str, Any]]()
     with recorded(run, journal, progress, total), one_thread():
         for seed in recipe.every_seed:
             one = run.read_json(_kept(seed))

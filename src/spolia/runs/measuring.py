@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spolia.errors import SpoliaError
-from spolia.runs.store import write_whole
+from spolia.runs.store import write_json, write_whole
 
-Evaluate = Callable[[Path], Mapping[str, float]]
 FILE = "results.json"
 
 
@@ -27,33 +26,36 @@ def check(evaluate: Any, out: Any, share: bool) -> None:
         raise SpoliaError("every process that shares the merge would evaluate it", where="evaluate", mend=mend)
 
 
-def measure(
-    folder: Path, evaluate: Evaluate, facts: Mapping[str, Any], render: Callable[[dict[str, Any]], str]
-) -> None:
+@dataclass(frozen=True)
+class Measured:
+    """What a run has measured already, in the place of numbers: its ledger, and what that calls the merge."""
+
+    ledger: dict[str, Any]
+    method: str
+
+
+def measure(folder: Path, evaluate: Any, facts: Mapping[str, Any], render: Callable[[dict[str, Any]], str]) -> None:
     """Calls `evaluate(folder)`; its numbers go to results.json and, by `render` of the card's `facts`, to README.md."""
-    found = _checked(evaluate(folder), folder)
-    name = getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
-    rows = [
-        {
-            "method": facts["method"],
-            "task": task,
-            "metric": "score",
-            "unit": "",
-            "mean": value,
-            "low": None,
-            "high": None,
-        }
-        | {"n": 1}
-        for task, value in found.items()
-    ]
-    notes = f"Measured once by the caller's function `{name}`, which also says what a score is."
-    results = {"name": facts["name"], "rows": rows, "notes": notes}
-    write_whole(folder / FILE, json.dumps(results, indent=1) + "\n")
-    data = {**facts["data"], "evaluation": f"whatever `{name}` reads"}
-    limits = [
+    found = evaluate(folder)
+    if isinstance(found, Measured):
+        told = {**facts, "method": found.method, "results": found.ledger, "data": found.ledger["data"]}
+    else:
+        told = {**facts, **_of_numbers(_checked(found, folder), evaluate, facts)}
+    write_json(folder / FILE, told["results"])
+    told["limits"] = [
         "Measured on what is listed above only: a merge can be worse elsewhere than every model that went into it."
     ]
-    write_whole(folder / "README.md", render({**facts, "results": results, "data": data, "limits": limits}))
+    write_whole(folder / "README.md", render(told))
+
+
+def _of_numbers(found: Mapping[str, float], evaluate: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's facts that follow from what the caller's function said of each task."""
+    name = getattr(evaluate, "__qualname__", type(evaluate).__qualname__)
+    one = {"method": facts["method"], "metric": "score", "unit": "", "low": None, "high": None, "n": 1}
+    rows = [one | {"task": task, "mean": value} for task, value in found.items()]
+    notes = f"Measured once by the caller's function `{name}`, which also says what a score is."
+    results = {"name": facts["name"], "rows": rows, "notes": notes}
+    return {"results": results, "data": {**facts["data"], "evaluation": f"whatever `{name}` reads"}}
 
 
 def _checked(found: Any, folder: Path) -> dict[str, float]:

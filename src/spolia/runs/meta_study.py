@@ -100,7 +100,7 @@ def run_study(recipe: StudyRecipe, run: RunFolder, progress: Any) -> None:
     entries = entries_of(recipe)
     left = [seed for seed in recipe.every_seed if not (run.path / _scores(seed)).exists()]
     total = len(left) * sum(entry.steps for entry in entries)
-    journal = Journal(run.path, progress=follow(progress, total))
+    journal = run.journal(follow(progress, total))
     found: list[dict[str, Any]] = []
     with recorded(run, journal, progress, total), one_thread():
         classes = classes_of(recipe.problem, recipe.seed) if left else None
@@ -127,7 +127,7 @@ def _seed(
 ) -> dict[str, Any]:
     """One seed's scores by line and test, and accuracy along the inner steps, as JSON."""
     problem = recipe.problem
-    scored: dict[str, Any] = {"scores": {}, "along": {}, "selected": {}}
+    scored: dict[str, Any] = {"scores": {}, "along": {}, "selected": {}, "validation": {}}
 
     def keep(label: str, learner: Any, **more: Any) -> None:
         scored["scores"][label] = judged(recipe.problem, learner, classes.test, recipe.seed, **more)
@@ -137,14 +137,16 @@ def _seed(
             last = trained(entry, problem, classes, seed, journal)
         learner = last.chosen()
         own = entry is entries[-1]
-        scored["selected"][entry.label] = last.selection.best_step
+        best = last.selection.best_step
+        scored["selected"][entry.label] = best
+        scored["validation"][entry.label] = dict(last.selection.scores).get(best)
         with journal.phase(f"seed {seed} test {entry.label}"):
             if own and entry.method == "protonet":
                 keep(f"protonet{UNTRAINED}", untrained(entry, problem, classes, seed))
             if own and entry.method != "protonet":
                 keep(f"{entry.label}{UNADAPTED}", learner, steps=0)
             keep(entry.label, learner)
-            if own and last.selection.best_step == entry.basis.steps:
+            if own and best == entry.basis.steps:
                 scored["scores"][f"{entry.label}, last"] = scored["scores"][entry.label]
             elif own:
                 keep(f"{entry.label}, last", last)

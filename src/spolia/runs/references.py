@@ -64,6 +64,11 @@ def settled(ref: ModelRef, base: ModelRef | None) -> ModelRef:
 
 
 def near_model(path: Path) -> str:
+    plain = path.as_posix().replace("\\", "/")
+    if plain != path.as_posix():  # a path of Windows: elsewhere a backslash is a letter
+        if os.path.exists(plain):
+            return f"did you mean `{os.path.normpath(plain)}`? Here / stands between folders"
+        return "write / between folders, as ./models/code"
     names = names_in(path.parent, lambda p: p.is_dir() or p.suffix == ".safetensors")
     if names:
         return did_you_mean(path.name, names[:20])

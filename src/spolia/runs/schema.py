@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_serializer
 
-from spolia.errors import Problems
+from spolia.errors import Problems, SpoliaWarning
 from spolia.runs import yamlmarks
 from spolia.runs.sizes import parse_size, write_size
 
 VERSION = 1
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}  # of an older form to the next; so far none
 DType = Literal["bfloat16", "float16", "float32", "float64"]
 Domain = Literal["upright", "turned", "inverted", "permuted", "mirrored", "noisy"]  # as data.digits, without torch
 
@@ -69,6 +73,13 @@ Size = Annotated[
     BeforeValidator(parse_size),
     PlainSerializer(write_size),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["5GB", "1GiB"]}]}),
+]
+Device = Annotated[
+    str,
+    Field(
+        pattern=r"^(cpu|cuda(:\d{1,3})?|mps|auto)$",
+        json_schema_extra={"kind": "cpu, cuda, a card as cuda:1, mps, or auto"},
+    ),
 ]
 
 
@@ -181,7 +192,7 @@ POOLS: dict[str, type[FoldersPool] | type[DigitsPool]] = {"folders": FoldersPool
 
 
 def check_version(raw: dict[str, Any], where: Callable[[yamlmarks.Path], str], problems: Problems) -> None:
-    """Version 1 is the first. With a second, older recipes are rewritten here and the difference is printed."""
+    """A recipe of an older form becomes one of this form in `raw` itself, and a warning shows what changed."""
     version = raw.get("spolia")
     if version is None:
         problems.add(
@@ -189,8 +200,25 @@ def check_version(raw: dict[str, Any], where: Callable[[yamlmarks.Path], str], p
         )
         raw["spolia"] = VERSION  # told; the rest is still checked
     elif isinstance(version, int) and not isinstance(version, bool) and version != VERSION:
-        if version > VERSION:
+        if version in UPGRADES:
+            _upgrade(raw, where(("spolia",)))
+        elif version > VERSION:
             what, mend = f"written for version {version}; this spolia reads {VERSION}", "pip install --upgrade spolia"
+            problems.add(where(("spolia",)), what, mend)
         else:
-            what, mend = f"there is no version {version}", f"write `spolia: {VERSION}`"
-        problems.add(where(("spolia",)), what, mend)
+            problems.add(where(("spolia",)), f"there is no version {version}", f"write `spolia: {VERSION}`")
+
+
+def _upgrade(raw: dict[str, Any], where: str) -> None:
+    version, before = raw["spolia"], _lines(raw)
+    for step in range(version, VERSION):
+        changed = UPGRADES[step](raw) | {"spolia": step + 1}
+        raw.clear()
+        raw.update(changed)
+    told = difflib.unified_diff(before, _lines(raw), f"version {version}", f"version {VERSION}", n=1, lineterm="")
+    what = f"{where}: read as version {VERSION} of the form; write it so to be asked no more"
+    warnings.warn("\n".join([what, *("    " + line for line in told)]), SpoliaWarning, stacklevel=2)
+
+
+def _lines(raw: dict[str, Any]) -> list[str]:
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True).splitlines()

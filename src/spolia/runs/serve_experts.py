@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from spolia.core.lazy import torch
 from spolia.errors import SpoliaError
 from spolia.parts.api_answers import Answering, Contract
 from spolia.parts.network import outputs_of
+from spolia.runs import serve as serving
 from spolia.runs.serve_requests import Served
 
 if TYPE_CHECKING:
@@ -21,6 +22,31 @@ if TYPE_CHECKING:
 _DIGITS = re.compile(r"digits:([0-9]{2,10})(?:/(mlp|conv))?")
 _KNOWN = "digits:01, or a folder with config.json and safetensors"
 _SHAPE = (1, 8, 8)  # of a digit
+
+
+def serve(
+    experts: Sequence[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    answers: Answering = "probabilities",
+    top: int = 1,
+    decimals: int | None = None,
+    most: int = 256,
+    token: str | None = None,
+    seed: int = 0,
+    ready: Callable[[str, list[Served]], None] | None = None,
+) -> None:
+    """Serve experts (`digits:01`, a folder of transformers, or NAME=either) over HTTP until interrupted.
+
+    By the Open Inference Protocol, to requests that bear `token` where one is given. `answers`: logits, probabilities, top
+    or label; `most` inputs a request; `ready` is told the address and what is served there.
+    """
+    serving.check_installed()
+    how: dict[str, Any] = {"answers": answers, "top": top, "decimals": decimals, "most": most, "seed": seed}
+    opened = [open_expert(given, **how) for given in experts]
+    told = ready or (lambda url, _: print(url, flush=True))
+    serving.serve(serving.application(opened, token=token), host, port, lambda url: told(url, opened))
 
 
 def open_expert(

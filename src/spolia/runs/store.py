@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from spolia.core.dist import world
+from spolia.core.journal import Journal, Progress
 from spolia.errors import SpoliaError
 from spolia.runs.environment import environment
 from spolia.runs.lock import Lock
@@ -32,10 +34,13 @@ DIFF_LINES = 30
 class RunFolder:
     """A run's folder. Making the object touches nothing; `with` makes the folder and locks it."""
 
+    leads = True  # whether what is written here is what a person will see
+
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.result = self.path / "result"
+        self.most_steps: int | None = None  # of a trial, which then stops
         self._lock = Lock(self.path / ".lock")
 
     @classmethod
@@ -85,6 +90,12 @@ class RunFolder:
         for name in reversed(OWN_FILES):
             (self.path / name).unlink(missing_ok=True)
 
+    def journal(self, progress: Progress | None = None) -> Journal:
+        """Where the loops of this run report."""
+        journal = Journal(self.path, progress=progress, together=world()[1] > 1)
+        journal.most_steps = self.most_steps
+        return journal
+
     def write_text(self, name: str, text: str) -> Path:
         return write_whole(self.path / name, text)
 
@@ -116,6 +127,7 @@ class RunFolder:
         }
         assert not more, f"status.json has no {sorted(more)}"
         self.write_json("status.json", status)
+        self.log(" ".join(part for part in (state, phase, message) if part))
         return status
 
     def ledger(
@@ -146,7 +158,7 @@ class RunFolder:
             stream.write(json.dumps(row, allow_nan=False) + "\n")
 
     def log(self, line: str) -> None:
-        """One dated line of log.txt."""
+        """One dated line of log.txt, which says what was done and warned of, in every sitting."""
         with (self.path / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spolia.catalog import METHODS, find
+from spolia.core.dist import joined
 from spolia.core.journal import Journal
 from spolia.core.settings import Settings
 from spolia.errors import Problems, SpoliaError, did_you_mean
@@ -43,7 +44,8 @@ def surgery(
     (adapters of LoRA alone need `base`). `network` runs them all; `unlabelled` maps each expert's name to inputs of its
     task. `method` is surgery, or deep. `tested_on`, inputs by task, are compared with the unlabelled ones. With `journal`,
     a folder, the same call goes on after a kill. `watch(task, share, model)` is called along the stream where the setting
-    `online` is on. Nothing given is changed. Raises SpoliaError with what does not fit, before anything is fitted.
+    `online` is on. Under torchrun every process makes the same call, and they share the inputs. Nothing given is changed.
+    Raises SpoliaError with what does not fit, before anything is fitted.
     """
     from spolia.runs.references import located
 
@@ -61,11 +63,12 @@ def surgery(
     pool = ExpertPool.of(experts if isinstance(experts, Mapping) else list(experts), base, located)
     inputs = by_task(unlabelled, [expert.name for expert in pool.experts])
     seen = _seen(inputs, tested_on)
-    if not isinstance(journal, Journal):
-        journal = Journal(journal)
-    model = chosen.function()(
-        weights_of(merged), pool, network, inputs, checked, journal=journal, seed=seed, watch=watch
-    )
+    with joined() as (rank, _):
+        if not isinstance(journal, Journal):
+            journal = Journal(journal, follow=rank > 0)
+        model = chosen.function()(
+            weights_of(merged), pool, network, inputs, checked, journal=journal, seed=seed, watch=watch
+        )
     if seen:
         model.adapters.facts["tested on"] = seen
     return model

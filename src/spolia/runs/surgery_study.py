@@ -118,7 +118,7 @@ def run_surgery(recipe: Recipe, run: RunFolder, progress: Any) -> None:
     repairs, domains = repairs_of(recipe), len(recipe.pool.domains)
     left = [seed for seed in _seeds(recipe) if not (run.path / _scores(seed)).exists()]
     total = len(left) * (BASE_STEPS + EXPERT_STEPS * domains + _steps(recipe, repairs))
-    journal = Journal(run.path, progress=follow(progress, total))
+    journal = run.journal(follow(progress, total))
     found: list[dict[str, Any]] = []
     with recorded(run, journal, progress, total), one_thread():
         for seed in _seeds(recipe):

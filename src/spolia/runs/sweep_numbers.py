@@ -1,7 +1,7 @@
 """What a finished run says about its recipe's own method: the main number on the test, and what validation data said.
 
-A point is judged by the first and chosen by the second. Only digits merges, distillation and data-free learning keep numbers
-on validation data; runs of other recipes have the test alone.
+A point is judged by the first and chosen by the second. Only digits merges, distillation, few-shot and data-free learning keep
+numbers on validation data; runs of other recipes have the test alone.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def validated(recipe: Recipe | StudyRecipe) -> tuple[str, ...]:
     if isinstance(recipe, Recipe):
         merge_of_digits = isinstance(recipe.pool, DigitsPool) and recipe.repair[0].family != "surgery"
         return (ACCURACY,) if merge_of_digits else ()
-    return {"distill": (ACCURACY, LOSS), "datafree": (ACCURACY,)}.get(recipe.family, ())
+    known = {"distill": (ACCURACY, LOSS), "datafree": (ACCURACY,), "meta": (ACCURACY,)}
+    return known.get(recipe.family, ())
 
 
 def number_of(folder: Path, line: str, metric: str | None) -> dict[str, Any] | None:
@@ -115,6 +116,8 @@ def _seen(kind: str, kept: dict[str, Any], line: str) -> dict[str, Any]:
         return {ACCURACY: 100 * seen[ACCURACY], LOSS: seen[LOSS]}
     if kind == "datafree":
         return {ACCURACY: [value for _, value, _ in kept["points"][line] if value is not None][-1]}
+    if kind == "meta":
+        return {ACCURACY: kept["validation"][line]}
     return {}
 
 

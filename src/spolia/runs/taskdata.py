@@ -163,8 +163,7 @@ def check_part(part: DataPart, task: TaskData, known: Known, labelled: bool) -> 
         )
     if part.dataset is not None:
         if find_spec("datasets") is None:
-            what = "is loaded by `datasets`, which is not installed"
-            raise SpoliaError(what, mend="pip install 'spolia[data]'; or write the inputs to an npz file")
+            raise tables.without_datasets()
         if part.split is None:
             raise SpoliaError("no part of it is named", mend="add `split: train`, validation or test")
         return

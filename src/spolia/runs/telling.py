@@ -6,7 +6,7 @@ import errno
 import sys
 from typing import Any
 
-from spolia.errors import SpoliaError, SpoliaWarning
+from spolia.errors import SpoliaError, SpoliaWarning, ToldElsewhere
 
 _THEIRS = (
     errno.ENOSPC,
@@ -14,6 +14,7 @@ _THEIRS = (
     errno.EACCES,
     errno.EROFS,
     errno.EPERM,
+    errno.EFBIG,
 )  # the system's refusals, not our mistakes
 
 
@@ -29,6 +30,8 @@ def plain(text: str) -> str:
 
 def explain(error: Exception) -> int:
     """Tells `error` on stderr; the exit code."""
+    if isinstance(error, ToldElsewhere):
+        return error.exit_code
     if isinstance(error, SpoliaError):
         count = len(error.problems)
         head = f"{count} problems, nothing was done\n" if count > 1 else ""

@@ -2,11 +2,11 @@
 
 | path, after the token | shows |
 |---|---|
-| / | the runs, with a form that compares those chosen |
+| / | the runs, with a form that compares those chosen; asked again now and then |
 | run?id= | one run; its live part asks `live?id=` again while the run goes on |
 | report?id= | the run's report.html, in a sandbox without scripts |
 | compare?run=&run= | two runs or more, side by side |
-| style.css, live.js | the look, and the one script |
+| style.css, live.js, list.js | the look, and the scripts that follow a run and the list |
 
 The token stands in the path, not in a cookie: a browser sends cookies to every port of a host. A `Host` that is not this
 machine is refused, so that no name that another site points here can read the pages. `render` makes them: (file, facts) ->
@@ -93,8 +93,11 @@ class Window:
     def style(self, request: Request) -> Response:
         return self._file(request, "style.css", "text/css")
 
-    def script(self, request: Request) -> Response:
+    def live_script(self, request: Request) -> Response:
         return self._file(request, "live.js", "text/javascript")
+
+    def list_script(self, request: Request) -> Response:
+        return self._file(request, "list.js", "text/javascript")
 
     def nowhere(self, request: Request) -> Response:
         self._admit(request)
@@ -159,7 +162,8 @@ def application(top: Path, token: str, render: Render) -> Starlette:
         raise SpoliaError("there is no such folder", where=str(top), mend=mend)
     window = Window(top.resolve(), token, render)
     pages = {"": window.index, "run": window.run, "live": window.live, "report": window.report}
-    pages |= {"compare": window.compare, "style.css": window.style, "live.js": window.script}
+    pages |= {"compare": window.compare, "style.css": window.style, "live.js": window.live_script}
+    pages |= {"list.js": window.list_script}
     routes = [Route(f"/{{token}}/{name}", page, methods=["GET"]) for name, page in pages.items()]
     routes += [Route(path, window.nowhere, methods=["GET"]) for path in ("/", "/{token}/{rest:path}")]
     handlers: Any = dict.fromkeys((NotShown, HTTPException, Exception), window.refused)

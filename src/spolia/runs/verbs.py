@@ -11,7 +11,7 @@ from spolia.catalog import find
 from spolia.core.settings import Settings
 from spolia.errors import SpoliaError
 from spolia.runs import measuring
-from spolia.runs.asked import check_settings, checked_dtype, request_from, request_of
+from spolia.runs.asked import check_settings, checked_dtype, read_request, request_from
 
 if TYPE_CHECKING:
     from spolia.catalog import Method
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from spolia.runs.merging import Prepared
     from spolia.runs.plan import Plan
     from spolia.runs.recipe import Recipe
-    from spolia.runs.request import MergeRequest
     from spolia.runs.studies import StudyRecipe
 
 GB = 1_000_000_000
@@ -104,7 +103,7 @@ def merge(
         )
         if out is None:
             return learned
-        if evaluate is not None:
+        if evaluate is not None and facts:  # of several processes one has written it
             measuring.measure(Path(out), evaluate, facts, render_card)
         return Path(out)
     if out is None:
@@ -158,6 +157,13 @@ def rendered(facts: dict[str, Any]) -> str:
     return render_card(facts)
 
 
+def tables_of(results: Mapping[str, Any], to: str, width: int | None = None) -> str:
+    """The tables of a ledger, as `spolia report` prints them."""
+    from spolia.reports.tables import all_tables, written
+
+    return written(all_tables(dict(results)), to, width)
+
+
 def merge_recipe(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -209,22 +215,6 @@ def merge_recipe(
     )
 
 
-def read_request(path: str | os.PathLike[str]) -> MergeRequest:
-    """The merge that a recipe file asks for, in either form."""
-    from spolia.runs.mergekit import is_mergekit, read_mergekit
-    from spolia.runs.recipe import check_recipe, read_source
-
-    source = read_source(str(path))
-    if source.documents:
-        what = f"{len(source.documents)} documents in one file"
-        raise SpoliaError(what, where=str(path), mend=f"spolia merge {path} OUT")
-    if is_mergekit(source.marked.value):
-        request = read_mergekit(source.marked, folder=source.folder)
-        request.recipe, request.recipe_name = source.text, "mergekit_config.yml"
-        return request
-    return request_of(check_recipe(source))
-
-
 def plan(
     recipe: str | os.PathLike[str] | Recipe | StudyRecipe,
     overrides: Sequence[str] = (),
@@ -264,22 +254,34 @@ def run(
     overrides: Sequence[str] = (),
     fresh: bool = False,
     dry_run: bool = False,
+    nproc: int = 1,
     progress: Any = None,
 ) -> Path | Plan:
-    """Run a recipe into a folder (default `runs/NAME`), going on where it stopped; the folder, or with `dry_run` the plan."""
+    """Run a recipe into a folder (default `runs/NAME`), going on where it stopped. Returns the folder.
+
+    With `dry_run` returns the plan: the first two steps, if it takes any, are tried in a folder that is gone again.
+    `nproc` processes of this machine share the work; under torchrun those that it started do (docs/scale.md).
+    """
     from spolia.runs.engine import run_recipe
+    from spolia.runs.launch import launched
+    from spolia.runs.ranks import as_one
     from spolia.runs.recipe import Recipe, check_recipe, read_source
     from spolia.runs.store import RunFolder
     from spolia.runs.studies import StudyRecipe
 
-    if not isinstance(recipe, Recipe | StudyRecipe):
-        source = read_source(str(recipe))
-        if source.is_mergekit:
-            raise SpoliaError("is a mergekit recipe", where=str(recipe), mend=f"spolia merge {recipe} OUT")
-        recipe = check_recipe(source, overrides)
-    target = Path(folder) if folder is not None else Path("runs") / recipe.short_name
-    done = run_recipe(recipe, RunFolder(target), fresh=fresh, dry_run=dry_run, progress=progress)
-    return RunPath(done) if isinstance(done, Path) else done
+    with as_one(nproc, dry_run) as rank:
+        given = recipe
+        if not isinstance(recipe, Recipe | StudyRecipe):
+            source = read_source(str(recipe))
+            if source.is_mergekit:
+                raise SpoliaError("is a mergekit recipe", where=str(recipe), mend=f"spolia merge {recipe} OUT")
+            recipe = check_recipe(source, overrides)
+        target = RunFolder(Path(folder) if folder is not None else Path("runs") / recipe.short_name)
+        if nproc > 1 and not dry_run:
+            launched(nproc, recipe, target, given, overrides, fresh, progress)
+            return RunPath(target.path)
+        done = run_recipe(recipe, target, fresh=fresh, dry_run=dry_run, progress=None if rank else progress)
+        return RunPath(done) if isinstance(done, Path) else done
 
 
 class RunPath(_PATH):
@@ -300,3 +302,18 @@ def report(folder: str | os.PathLike[str]) -> Path:
     from spolia.reports.html import write_report
 
     return write_report(Path(folder))
+
+
+def ui(folder: str | os.PathLike[str] = "runs", *, port: int = 0, ready: Callable[[str], None] | None = None) -> None:
+    """Serve pages that show the runs under `folder` to this machine's browser, until interrupted.
+
+    `ready` is told the address, which holds the token that lets its reader in; without, it is printed. Port 0: a free one.
+    """
+    import secrets
+
+    from spolia.reports.pages import render
+    from spolia.runs.serve import serve
+    from spolia.runs.ui import HOST, application
+
+    token, told = secrets.token_urlsafe(24), ready or print
+    serve(application(Path(folder), token, render), HOST, port, lambda url: told(f"{url}/{token}/"))

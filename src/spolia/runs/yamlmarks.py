@@ -96,7 +96,10 @@ def load_all(text: str, name: str = "recipe") -> list[Marked]:
         mark = getattr(error, "problem_mark", None)
         place = f"{name}:{mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error)
-        raise SpoliaError(f"not valid YAML: {problem}", where=place, mend=_syntax_hint(text, mark)) from None
+        hint = _syntax_hint(text, mark)
+        if "escape character" in problem:
+            hint = "in double quotes a backslash is an escape: write paths with /, or in single quotes"
+        raise SpoliaError(f"not valid YAML: {problem}", where=place, mend=hint) from None
     documents, problems = [], Problems()
     for node in nodes:
         document = Marked(name, None)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spolia.errors import Problems, SpoliaError
+from spolia.parts.align import align
 from spolia.parts.expert import Expert, ExpertPool, MemoryWeights, Weights
 from spolia.parts.network import Network, outputs_of
 from spolia.parts.renamed import Renamed, read
@@ -90,6 +91,17 @@ def open_pool(
     configs = {e.name: dict(told or e.weights.config or {}) for e in pool.experts}
     slot = parted.slots[0] if parted is not None else ""
     return Opened(ExpertPool(experts, base, steps=pool.steps), Network(module, made, outputs), slot, kept, configs)
+
+
+def beside(opened: Opened, model: Expert) -> Expert:
+    """Another model as the pool holds its own: by the module's names, without a head. SpoliaError where it does not fit."""
+    module, problems = opened.network.module, Problems()
+    found = Expert(
+        model.name, _without(_seen(model, module, {}), set(module.state_dict()), bool(opened.heads)), model.task
+    )
+    align(ExpertPool([opened.pool.experts[0], found]), problems)
+    problems.raise_if_any()
+    return found
 
 
 def _head(weights: Weights, parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -497,7 +497,7 @@ class Stopping(Journal):
 
     at = 0
 
-    def steps(self, n: int, keep: Any = None) -> Iterator[int]:
+    def steps(self, n: int, keep: Any = None, *, shared: bool = False) -> Iterator[int]:
         for step in super().steps(n, keep):
             if step == self.at:
                 self.request_stop()

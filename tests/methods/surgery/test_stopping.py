@@ -106,7 +106,7 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(make_problem, tmp_path, name: st
     whole = function(*problem, settings)
 
     class Stopping(Journal):
-        def steps(self, n, keep=None):
+        def steps(self, n, keep=None, *, shared=False):
             for step in super().steps(n, keep):
                 if step == 7:
                     self.request_stop()

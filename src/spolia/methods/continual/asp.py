@@ -156,10 +156,11 @@ class AspLearner(PromptLearner):
     def trained(self, x: Any) -> tuple[Tensor, Tensor]:
         """Features [n, width] of a training step, and the KL of the prompts drawn for it."""
         if not self.half:
-            return self.encoder.features(x), torch.zeros((), device=self.device)
-        mu, deviation = self.specific(self.encoder.plain(x), deviations=True)
+            return self.shared(self.encoder.features, x), torch.zeros((), device=self.device)
+        mu, deviation = self.specific(self.shared(self.encoder.plain, x), deviations=True)
         noise = torch.from_numpy(self.draws.standard_normal(tuple(mu.shape), dtype="float32")).to(mu.device)
-        features = self.encoder.features(x, self.prompts(mu + deviation * noise))
+        drawn = (x, mu + deviation * noise)
+        features = self.shared(lambda part: self.encoder.features(part[0], self.prompts(part[1])), drawn)
         return features, divergence(mu, deviation, self.settings.reduction)
 
     def prompted(self, x: Any) -> Tensor:

@@ -85,7 +85,9 @@ class CodaLearner(PromptLearner):
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         x, session = self.viewed(batch.x), self.count["place"]
         parts = {name: self.until(name, session) for name in PARTS}
-        scores = self.scores(self.encoder.features(x, self.prompts(self.encoder.plain(x), parts)))
+        plain = self.shared(self.encoder.plain, x)
+        features = self.shared(lambda part: self.encoder.features(part[0], self.prompts(part[1], parts)), (x, plain))
+        scores = self.scores(features)
         loss = self.own(scores, batch.y)
         if self.settings.apart:
             loss = loss + self.settings.apart * sum(leaning(part.flatten(2)) for part in parts.values())

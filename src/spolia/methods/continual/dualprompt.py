@@ -79,9 +79,10 @@ class DualPromptLearner(PromptLearner):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         x, session = self.viewed(batch.x), self.count["place"]
-        near = cosines(self.encoder.plain(x), self.learned("key")[session : session + 1])  # [n, 1]
+        near = cosines(self.shared(self.encoder.plain, x), self.learned("key")[session : session + 1])  # [n, 1]
         at = torch.full((len(near),), session, device=near.device)
-        scores = self.scores(self.encoder.features(x, self.prompts(at)))
+        features = self.shared(lambda part: self.encoder.features(part[0], self.prompts(part[1])), (x, at))
+        scores = self.scores(features)
         return self.own(scores, batch.y) + self.settings.pull * (1 - near).mean(), scores
 
     def prompted(self, x: Any) -> Tensor:

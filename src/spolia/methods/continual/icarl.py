@@ -55,8 +55,6 @@ class ICarlLearner(Replaying):
     ):
         memory = Memory(settings.items, bytes=settings.bytes, policy="chosen", seed=seed)
         super().__init__(model, settings, memory=memory, seed=seed)
-        if self.ranks > 1:
-            raise SpoliaError("chooses exemplars from all the data", where="icarl", mend="run it in one process")
         memory.device = self.device
         self.features = features
         self.old = copy.deepcopy(self.network).requires_grad_(False).eval()

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from spolia.core.dist import world
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import generator
 from spolia.methods.continual.learner import Learner, Model, Training
@@ -61,7 +60,7 @@ class JointLearner(Learner):
         count = min(count, total)
         places = (np.arange(start, start + count)) % total
         epochs = np.arange(start, start + count) // total
-        names = ("joint", len(past), world()[0])
+        names = ("joint", len(past), 0)
         orders = {e: generator(self.seed, *names, e).permutation(total) for e in np.unique(epochs).tolist()}
         chosen = np.array([orders[e][p] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)])
         self.at["drawn"] += count

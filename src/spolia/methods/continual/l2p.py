@@ -87,7 +87,8 @@ class L2pLearner(PromptLearner):
 
     def chosen(self, x: Any) -> tuple[Tensor, Tensor]:
         """Features [n, width] with every input's own prompts, and how far their keys are from it [n]."""
-        near = cosines(self.encoder.plain(x), self.learned("key"))  # [n, pool]
+        near = cosines(self.shared(self.encoder.plain, x), self.learned("key"))  # [n, pool]
         nearest = near.topk(self.settings.chosen, dim=1)
         taken = self.learned("prompts")[nearest.indices].flatten(1, 2)  # [n, chosen * length, width]
-        return self.encoder.features(x, Prompts(start=taken)), (1 - nearest.values).sum(1)
+        features = self.shared(lambda part: self.encoder.features(part[0], Prompts(start=part[1])), (x, taken))
+        return features, (1 - nearest.values).sum(1)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from spolia.core import kept
-from spolia.core.dist import joined, summed, world
+from spolia.core.dist import by_shares, joined, summed, world
 from spolia.core.gradients import share
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import generator
@@ -80,7 +80,8 @@ class Model:
 class Learner:
     """Fine-tuning: the loss of the batch, and a step. Everything else in this room is a child of it.
 
-    The network is trained in place. `seed` names the learner's own random numbers: views, replay, noise.
+    The network is trained in place. `seed` names the learner's own random numbers: views, replay, noise. Of several
+    processes all hold the same, memory included, and see the whole batch; each runs the network on its share of the rows.
     """
 
     def __init__(self, model: nn.Module | Model, settings: Training, *, seed: int = 0):
@@ -95,9 +96,9 @@ class Learner:
         self.names = list(named)
         self.parameters: list[Tensor] = list(named.values())
         self.device = self.parameters[0].device
-        with joined() as (rank, self.ranks):  # before the first random number: each process draws its own
+        with joined() as (_, self.ranks):
             pass
-        self.draws = generator(seed, "learner", rank)
+        self.draws = generator(seed, "learner", 0)
         self.optimizer = self._optimizer()
         if self.ranks > 1:
             _alike(self.network)
@@ -165,13 +166,18 @@ class Learner:
         return as_floats(x) if self.model.show is None else self.model.show(x)
 
     def logits(self, x: Any) -> Tensor:
-        return self.model.outputs(self.network, x)
+        return self.shared(lambda part: self.model.outputs(self.network, part), x)
 
     def logits_with(self, weights: dict[str, Tensor], x: Any) -> Tensor:
         """Logits with these weights, by name, in place of the network's own."""
         from spolia.core.functional import call
 
-        return call(self.network, weights, self.model.outputs, x)
+        return self.shared(lambda part: call(self.network, weights, self.model.outputs, part), x)
+
+    def shared(self, compute: Callable[[Any], Tensor], x: Any) -> Tensor:
+        """compute(x); in training each process computes some rows and is given the others."""
+        training = self.network.training and torch.is_grad_enabled()
+        return by_shares(compute, x) if training else compute(x)
 
     def copies(self) -> list[Tensor]:
         """The trained parameters as they are now."""

@@ -102,7 +102,7 @@ class PromptLearner(Learner, ABC):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.lr * (1 + math.cos(math.pi * share)) / 2
         loss = super().observe(batch)
-        self.count["seen"] += len(batch.y) * self.ranks
+        self.count["seen"] += len(batch.y)
         return loss
 
     def end(self, experience: Experience) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from spolia.core.dist import world
 from spolia.core.lazy import torch
 from spolia.core.settings import setting
 from spolia.errors import SpoliaError
@@ -32,24 +31,14 @@ class Replay(Training):
 
 
 class Replaying(Learner):
-    """A learner with a memory, filled with the batches as they are stored, not as they are viewed.
-
-    Of several processes each remembers its own share of the stream, in its own share of the memory.
-    """
+    """A learner with a memory, filled with the batches as they are stored, not as they are viewed."""
 
     def __init__(self, model: nn.Module | Model, settings: Replay, *, memory: Memory | None = None, seed: int = 0):
         super().__init__(model, settings, seed=seed)
-        rank, ranks = world()
         if memory is None:
-            room = None if settings.bytes is None else settings.bytes // ranks
-            memory = Memory(
-                max(1, settings.items // ranks),
-                bytes=room,
-                policy=settings.policy,
-                seed=seed + rank,
-                device=self.device,
-            )
-        self.memory, self.replay = memory, max(1, settings.replay // ranks)
+            how = {"bytes": settings.bytes, "policy": settings.policy, "seed": seed, "device": self.device}
+            memory = Memory(settings.items, **how)
+        self.memory, self.replay = memory, settings.replay
         joint, mixes = settings.joint_forward, has_batch_statistics(self.network)
         if joint and mixes:
             what = "its batch normalisation would mix the statistics of new and old samples"

@@ -11,9 +11,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from spolia.core.dist import world
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import generator
 from spolia.methods.datafree.heads import distances
+from spolia.methods.datafree.learner import together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +50,8 @@ def shares(tasks: int, probability: float, beta: float, draws: np.random.Generat
 def mixed_gradient(learner: Any, one: Episodes, other: Episodes, mix: list[float]) -> tuple[float, float, Weights]:
     """Mean loss, accuracy and gradient of the tasks between `one` and `other`."""
     total: Weights = {}
-    losses, right = [], []
-    for task, share in enumerate(mix):
+    losses, right, (rank, ranks) = [], [], world()
+    for task, share in list(enumerate(mix))[rank::ranks]:
         with torch.enable_grad():
             weights = learner.weights()
             logits = mixed_logits(learner, weights, one[task], other[task], share)
@@ -60,7 +62,7 @@ def mixed_gradient(learner: Any, one: Episodes, other: Episodes, mix: list[float
                 total[name] = total[name] + slope if name in total else slope
         losses.append(float(loss.detach()))
         right.append(float((logits.detach().argmax(1) == one[task].query_y).double().mean()))
-    return sum(losses), sum(right) / len(right), total
+    return together(learner.weights(), sum(losses), sum(right) / len(mix), total)
 
 
 def mixed_logits(learner: Any, weights: Weights, one: Episode, other: Episode, share: float) -> Tensor:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from spolia.core.dist import handed, world
 from spolia.core.lazy import torch
 from spolia.core.priors import statistics_gap
 from spolia.core.seeds import entropy, generator
@@ -188,24 +189,31 @@ def recovered(
 ) -> tuple[list[Recovered], list[Fit]]:
     """Images of each expert, in the order of `places`, and what fitting them left, group by group.
 
-    `start(turn)`: the weights of `maker` that the expert at places[turn] begins with; without a maker, pixels.
+    Processes share the groups. `start(turn)`: the weights of `maker` that the expert at places[turn] begins with; without
+    a maker, pixels.
     """
-    found: dict[int, Recovered] = {}
-    fits = []
     every = [pool[place] for place in places]
     loaded = [expert.module() for expert in every]
-    for turns in _groups(every, loaded, settings.together):
+    rank, ranks = world()
+
+    def visit(turns: list[int]) -> tuple[Fit, dict[int, Recovered]]:
         begun = time.perf_counter()
         experts, modules = [every[turn] for turn in turns], [loaded[turn] for turn in turns]
         draws = [generator(seed, "recover", step, turn) for turn in turns]
         starts = [start(turn) for turn in turns]
         stacked = {name: torch.stack([weights[name] for weights in starts]) for name in starts[0]}
         made = fit(experts, modules, stacked, maker, settings, draws, pool.shape, student)
-        fits.append(made)
         seconds = (time.perf_counter() - begun) / len(turns)
-        for turn, expert, module, images in zip(turns, experts, modules, made.images, strict=True):
-            found[turn] = _report(places[turn], expert, module, images, settings.per_class, seconds)
-    return [found[turn] for turn in range(len(places))], fits
+        parts = zip(turns, experts, modules, made.images, strict=True)
+        return made, {t: _report(places[t], e, m, images, settings.per_class, seconds) for t, e, m, images in parts}
+
+    groups = _groups(every, loaded, settings.together)
+    visits = [visit(turns) if number % ranks == rank else None for number, turns in enumerate(groups)]
+    if ranks > 1:
+        device = device_of(loaded[0])
+        visits = [handed(one, number % ranks, device) for number, one in enumerate(visits)]
+    found = {turn: images for one in visits if one is not None for turn, images in one[1].items()}
+    return [found[turn] for turn in range(len(places))], [one[0] for one in visits if one is not None]
 
 
 def _groups(experts: Sequence[White], modules: Sequence[nn.Module], together: str) -> list[list[int]]:

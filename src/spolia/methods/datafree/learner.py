@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from spolia.core import tensorfile
+from spolia.core.dist import summed, world
+from spolia.core.gradients import share
 from spolia.core.inner import Execution, Inner, InnerLoop, Task
 from spolia.core.lazy import torch
 from spolia.core.priors import distillation
@@ -167,8 +169,8 @@ class FewShotLearner:
             right = [(o[0].argmax(1) == e.query_y).float().mean() for o, e in zip(found.outputs, episodes, strict=True)]
             return found.loss, float(torch.stack(right).mean()), found.gradient
         total: Weights = {}
-        losses, right = [], []
-        for one in episodes:
+        losses, right, (rank, ranks) = [], [], world()
+        for one in list(episodes)[rank::ranks]:
             with torch.enable_grad():
                 weights = self.weights()
                 logits = self.logits(weights, one.support_x, one.support_y, one.query_x)
@@ -179,7 +181,7 @@ class FewShotLearner:
                     total[name] = total[name] + slope if name in total else slope
             losses.append(float(loss.detach()))
             right.append(float((logits.detach().argmax(1) == one.query_y).double().mean()))
-        return sum(losses), sum(right) / len(right), total
+        return together(self.weights(), sum(losses), sum(right) / len(episodes), total)
 
     def chosen(self) -> FewShotLearner:
         """A learner with the weights that validation chose; those of the start where nothing looked."""
@@ -217,6 +219,17 @@ class FewShotLearner:
         rule = Inner(steps=steps, lr=chosen.inner_lr, order=chosen.order, adapt=chosen.adapt, bn=chosen.bn)
         processor = next(self.network.parameters()).device.type == "cpu"
         return InnerLoop(self.network, rule, Execution("loop" if processor else "vmap"))
+
+
+def together(weights: Weights, loss: float, right: float, total: Weights) -> tuple[float, float, Weights]:
+    """Parts of a loss, an accuracy and a gradient in `weights`, summed over the processes."""
+    if world()[1] == 1:
+        return loss, right, total
+    for name, w in weights.items():
+        w.grad = total.get(name)
+    share(list(weights.values()))
+    loss, right = summed(torch.tensor([loss, right], dtype=torch.float64)).tolist()
+    return loss, right, {name: w.grad for name, w in weights.items() if w.grad is not None}
 
 
 def fits(learner: FewShotLearner, shape: tuple[int, ...], pool_ways: int) -> None:

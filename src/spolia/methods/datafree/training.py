@@ -166,7 +166,7 @@ def train(
     kept = loop.kept() | ({} if watch is None else {"selection of weights": learner.selection})
     told = journal or Journal()
     with told.phase(settings.method):
-        for step in told.steps(settings.steps, kept):
+        for step in told.steps(settings.steps, kept, shared=True):
             numbers = loop.step(step)
             learner.losses[step] = numbers.get("loss", 0.0)
             if step % TOLD_EVERY == 0:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from spolia.core.dist import rows_in, rows_of
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import entropy
 from spolia.errors import SpoliaError
@@ -31,11 +32,11 @@ class Batch:
     labels: Tensor | None = None
 
     def __len__(self) -> int:
-        return _length(self.inputs)
+        return rows_in(self.inputs)
 
     def rows(self, which: slice) -> Batch:
         """Some of its inputs, with their labels."""
-        return Batch(_rows(self.inputs, which), None if self.labels is None else self.labels[which])
+        return Batch(rows_of(self.inputs, which), None if self.labels is None else self.labels[which])
 
     def pieces(self, most: int | None) -> list[Batch]:
         """Itself in parts of at most `most` inputs."""
@@ -185,17 +186,3 @@ def split(item: Any) -> Batch:
 
 def _empty(where: str = "loader") -> SpoliaError:
     return SpoliaError("gives no batches", where=where, mend="look at its data set; `drop_last` may leave nothing")
-
-
-def _length(inputs: Any) -> int:
-    if isinstance(inputs, Mapping):
-        return _length(next(part for part in inputs.values() if torch.is_tensor(part)))
-    return _length(inputs[0]) if isinstance(inputs, list | tuple) else len(inputs)
-
-
-def _rows(inputs: Any, which: slice) -> Any:
-    if isinstance(inputs, Mapping):
-        return {name: _rows(part, which) for name, part in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return tuple(_rows(part, which) for part in inputs)
-    return inputs[which] if torch.is_tensor(inputs) else inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from spolia.core.dist import summed
 from spolia.core.journal import Journal
 from spolia.core.lazy import torch
 from spolia.core.seeds import generator
-from spolia.errors import SpoliaError
+from spolia.errors import SpoliaError, SpoliaWarning
 from spolia.methods.distill.batches import Batch, Loader, Places, seeded
 from spolia.methods.distill.checks import Fitted, in_range
 from spolia.methods.distill.passes import Augment, views_of
@@ -57,6 +58,7 @@ class Run:
         self.shadow = None if settings.ema is None else copy.deepcopy(student).requires_grad_(False).eval()
         self.validation = None if held is None else Validation(held, self.passes)
         self.steps, self.every = lengths(settings, data)
+        self.room = settings.micro_batch if settings.micro_batch != "auto" else None  # inputs of a pass
         self.best: dict[str, Any] = {}
         self.state: dict[str, Any] = {"stopped": None}
         self.history: list[dict[str, Any]] = []
@@ -73,7 +75,7 @@ class Run:
             self.validation.ask()
         self.student.train()
         with journal.phase("distill"):
-            for step in journal.steps(self.steps, self.keep()):
+            for step in journal.steps(self.steps, self.keep(), shared=True):
                 if self.state["stopped"] is not None:
                     continue  # to the loop's end, so that it counts as finished
                 numbers = self.move(step)
@@ -94,7 +96,7 @@ class Run:
         count = torch.tensor([self._counted(views) for views in shown], dtype=torch.float64).sum()
         count = max(1.0, float(summed(count)))
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self._backward(shown, count, step)
+        terms = self._within_memory(shown, count, step)
         if self.ranks > 1:
             exchanged(self.trained)
             averaged(self.student, self.ranks)
@@ -177,11 +179,28 @@ class Run:
         in_range(targets, self.fitted.classes, "loader")
         return len(views) * int((targets >= 0).sum())
 
+    def _within_memory(self, shown: list[list[Batch]], count: float, step: int) -> dict[str, float]:
+        """`_backward`; with `micro_batch: auto` once more in halves, where memory has run out."""
+        while True:
+            try:
+                return self._backward(shown, count, step)
+            except RuntimeError as error:
+                size = self.room or max(len(view) for views in shown for view in views)
+                if self.settings.micro_batch != "auto" or size == 1 or not _out_of_memory(error):
+                    raise
+            self.room = size // 2  # after the error is gone, and with it what its frames held
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            what = f"memory has run out in step {step}: batches go through in parts of {self.room} from here on"
+            warnings.warn(what, SpoliaWarning, stacklevel=2)
+            self.optimizer.zero_grad(set_to_none=True)
+            seeded(self.passes.device, self.seed, "step", step, self.rank)
+
     def _backward(self, shown: list[list[Batch]], count: float, step: int) -> dict[str, float]:
         """Gradients of the mean loss over `count` samples; its terms, over all processes."""
         sums = torch.zeros(len(self.fitted.names), dtype=torch.float64)
         for views in shown:
-            for piece in zip(*(view.pieces(self.settings.micro_batch) for view in views), strict=True):
+            for piece in zip(*(view.pieces(self.room) for view in views), strict=True):
                 moved = [view.to(self.passes.device) for view in piece]
                 terms = self.passes.losses(self.student, moved, step / self.steps)
                 totals = torch.stack([terms[name].sum() for name in self.fitted.names])
@@ -213,6 +232,11 @@ class Run:
                     tensor.lerp_(now[name], 1 - self.settings.ema)
                 else:
                     tensor.copy_(now[name])
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, had no room left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def lengths(settings: Training, data: Places | Loader) -> tuple[int, int]:

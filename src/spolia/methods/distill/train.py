@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import field_validator
+
 from spolia.core.dist import joined
 from spolia.core.journal import Journal
 from spolia.core.lazy import torch
@@ -59,8 +61,10 @@ class Training(Pace):
     steps: int | None = setting(None, "steps instead of epochs", source=_OURS, ge=1)
     batch: int = setting(64, "inputs of a batch, where the data comes without batches", source=RECIPE, ge=1)
     accumulate: int = setting(1, "batches of a step", source=_OURS, ge=1)
-    micro_batch: int | None = setting(
-        None, "inputs of a forward pass, at most; by default the batch", source=_OURS, ge=1
+    micro_batch: int | Literal["auto"] | None = setting(
+        None,
+        "inputs of a forward pass, at most; by default the batch; auto: that, and halves where memory runs out",
+        source=_OURS,
     )
     task: Literal["classes", "tokens"] = setting(
         "classes", "logits against the labels, or position i against token i + 1", source=_OURS
@@ -82,6 +86,13 @@ class Training(Pace):
     watch: Literal["accuracy", "loss"] = setting("accuracy", "what decides which step is best", source=_OURS)
     patience: int | None = setting(None, "looks without a better one after which it ends", source=_OURS, ge=1)
     keep: Literal["best", "last"] = setting("best", "step that is returned, where there is validation", source=_OURS)
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _one_at_least(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("give 1 or more, or auto")
+        return value
 
 
 def distill(

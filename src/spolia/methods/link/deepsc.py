@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from spolia.core.dist import by_shares, world
+from spolia.core.gradients import share
 from spolia.core.journal import Journal
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import entropy, generator
@@ -107,14 +109,21 @@ def deepsc(
     adam = torch.optim.Adam(network.parameters(), s.lr, (0.9, 0.98), weight_decay=s.weight_decay)
     network.train()
     with journal.phase("deepsc"):
-        for step in journal.steps(s.steps, keep={"network": network, "adam": adam}):
-            loss = _loss(network, groups, channel, s, generator(seed, "deepsc", step), entropy(seed, "dropout", step))
+        for step in journal.steps(s.steps, keep={"network": network, "adam": adam}, shared=True):
+            loss = _loss(network, groups, channel, s, generator(seed, "deepsc", step), _dropout(seed, step))
             adam.zero_grad()
             loss.backward()
+            share(list(network.parameters()), 1 / world()[1])
             adam.step()
             journal.log(loss=loss.detach())
     network.eval()
     return DeepSCLink(network)
+
+
+def _dropout(seed: int, step: int) -> int:
+    """What a process's dropout of a step is drawn from."""
+    rank = world()[0]
+    return entropy(seed, "dropout", step, *([rank] if rank else []))
 
 
 def _loss(
@@ -130,9 +139,15 @@ def _loss(
     n0 = n0_of(torch.from_numpy(rng.uniform(low, high, (s.batch, 1))).float().to(frames.device))
     with torch.random.fork_rng():  # dropout knows the global generator alone
         torch.manual_seed(dropout % (1 << 63))
-        symbols = network.send(own)
-        received = channel.transmit(symbols, n0, rng)
-        logits = network.read(network.heard(_equalised(received)), network.after_start(own[:, :-1]))
+
+        def read(part: tuple[Tensor, Tensor]) -> Tensor:
+            sent, places = part
+            symbols = network.send(sent)
+            whole = symbols.new_zeros(s.batch, *symbols.shape[1:]).index_copy(0, places, symbols)
+            received = channel.transmit(whole, n0, rng)  # noise of all frames, whoever sends them
+            return network.read(network.heard(_equalised(received)[places]), network.after_start(sent[:, :-1]))
+
+        logits = by_shares(read, (own, torch.arange(s.batch, device=own.device)))
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), own.flatten())
 
 

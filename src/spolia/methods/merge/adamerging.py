@@ -161,7 +161,7 @@ def adamerging(
         teachers = consulted(combination, watch, inputs, settings, steps, seed)
         search = _Search(combination, Objective(inputs, settings, teachers), watch, settings, lr, seed)
         with journal.phase("adapt"):
-            for step in journal.steps(steps, search.keep()):
+            for step in journal.steps(steps, search.keep(), shared=True):
                 if step % settings.check_every == 0:
                     search.look(step)
                 losses = search.move(step)

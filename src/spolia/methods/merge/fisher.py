@@ -105,7 +105,7 @@ def fisher(
         merged = stage.mean(weights)
         masses = {t.name: torch.zeros_like(merged[t.name]) for t in _differentiable(stage)}  # sum of c_k F_k so far
         with journal.phase("fisher"):
-            for k in journal.steps(len(tasks), {"merged": merged, "masses": masses, "sizes": sizes}):
+            for k in journal.steps(len(tasks), {"merged": merged, "masses": masses, "sizes": sizes}, shared=True):
                 stage.show(k)
                 found = information(stage, tasks[k], inputs[tasks[k]], settings, seed)
                 size = sizes[tasks[k]] = _size(found, tasks[k])

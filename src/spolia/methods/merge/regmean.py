@@ -117,7 +117,7 @@ def regmean(
         merged = work.start()
         portions = _portions(work.fed, settings.memory)
         with journal.phase("regmean"):
-            for step in journal.steps(len(portions), {"merged": merged, "disturbance": work.disturbance}):
+            for step in journal.steps(len(portions), {"merged": merged, "disturbance": work.disturbance}, shared=True):
                 sums = [Sums.of(fed) for fed in portions[step]]
                 for k, task in enumerate(work.inputs):
                     work.stage.show(k)
@@ -140,7 +140,7 @@ def regmean_plus(
     with pool.opened():
         merged = work.start()
         with journal.phase("regmean_plus"):
-            for step in journal.steps(len(work.fed), {"merged": merged, "disturbance": work.disturbance}):
+            for step in journal.steps(len(work.fed), {"merged": merged, "disturbance": work.disturbance}, shared=True):
                 work.stage.put(merged)
                 fed = work.fed[step]
                 sums = [Sums.of(fed)]

@@ -25,6 +25,8 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from spolia.core.dist import by_shares, world
+from spolia.core.gradients import share
 from spolia.core.journal import Journal
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import generator
@@ -142,16 +144,17 @@ def protonet(
     kept = {"learner": learner, "optimizer": optimizer, "schedule": schedule, "losses": learner.losses}
     kept |= {} if watch is None else {"selection": learner.selection}
     with (journal or Journal()).phase("protonet") as told:
-        for step in told.steps(settings.steps, kept):
+        for step in told.steps(settings.steps, kept, shared=True):
             batch = episodes.draw(settings.tasks, step).to(_device(network)).floats()
             support, query = _changed(batch, augment, episodes.seed)
             with torch.enable_grad():
-                logits = learner.logits(support, batch.support_y, query)
+                logits = by_shares(lambda parts: learner.logits(*parts), (support, batch.support_y, query))
                 loss = torch.nn.functional.cross_entropy(
                     logits.flatten(0, 1), batch.query_y.flatten(), label_smoothing=settings.smoothing
                 )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+            share(trained, 1 / world()[1])
             optimizer.step()
             schedule.step()
             learner.losses[step] = loss.detach()

@@ -196,7 +196,7 @@ def fit(
     kept = {"learner": learner, "optimizer": optimizer, "schedule": schedule, "losses": learner.losses, **(keep or {})}
     kept |= {} if watch is None else {"selection": learner.selection}
     with told.phase(learner.settings.method):
-        for step in told.steps(settings.steps, kept):
+        for step in told.steps(settings.steps, kept, shared=True):
             loss, numbers, gradient = slope(step)
             for name, tensor in trained.items():
                 tensor.grad = gradient.get(name)

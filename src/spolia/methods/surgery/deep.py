@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from spolia.core.dist import summed, world
+from spolia.core.gradients import share
 from spolia.core.journal import Journal
 from spolia.core.lazy import np, torch
 from spolia.core.settings import setting
@@ -168,8 +170,9 @@ def _descend(
     points = marks(steps) if settings.online and watch is not None else {}
     stopping, apart = settings.stopping(), work.apart()
     aims = {task: apart.targets(task, settings.match, settings.chunk) for task in part if work.held}
+    rank, ranks = world()
     keep = {"own": own, "optimizer": optimizer, "losses": losses, "looks": looks, **stopping.keep()}
-    for step in journal.steps(steps, keep):
+    for step in journal.steps(steps, keep, shared=True):
         if stopping.due(step):
             stopping.look(part[0], step, _distance(apart, adapters, aims, settings), own.state_dict())
             if stopping.over(part[:1]):
@@ -178,10 +181,14 @@ def _descend(
         optimizer.zero_grad(set_to_none=True)
         for i, task in enumerate(part):
             places = places_of(work.examples[task], settings.batch, seed, step, settings.online)
-            with torch.enable_grad():
-                loss = _loss(list(own), work, task, places, targets[task], settings)
-                loss.backward()
-            losses[step, i] = loss.detach()
+            mine = places[rank::ranks]
+            if len(mine):
+                with torch.enable_grad():
+                    loss = _loss(list(own), work, task, mine, targets[task], settings) * (len(mine) / len(places))
+                    loss.backward()
+                losses[step, i] = loss.detach()
+        summed(losses[step])
+        share(list(own.parameters()))
         optimizer.step()
         if step % 50 == 0:
             journal.log(loss=losses[step].mean())

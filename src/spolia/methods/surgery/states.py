@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from spolia.core.dist import summed, world
 from spolia.core.lazy import np, torch
 from spolia.core.seeds import generator
 from spolia.parts.examples import Examples
@@ -66,10 +67,11 @@ def states(
 ) -> list[Tensor]:
     """Compared states of all examples at every site, in fp32; with `adapters`, repaired ones."""
     found: list[list[Tensor]] = [[] for _ in sites]
+    rank, ranks = _parts(examples)
     how = matches(sites, match)
     edit = adapters.edit(task) if adapters is not None else None
     with torch.no_grad():
-        for _, batch in chunks(examples, chunk):
+        for _, batch in chunks(examples, chunk, rank, ranks):
 
             def note(number: int, state: Tensor, batch: Any = batch) -> Tensor:
                 state = edit(number, state) if edit is not None else state
@@ -77,13 +79,27 @@ def states(
                 return state
 
             run_through(network, batch, sites, note)
-    return [torch.cat(parts) for parts in found]
+    rows = [torch.cat(parts) for parts in found]
+    if ranks == 1:
+        return rows
+    whole = [own.new_zeros(len(examples), *own.shape[1:]) for own in rows]
+    for all_of_them, own in zip(whole, rows, strict=True):
+        all_of_them[rank::ranks] = own
+        summed(all_of_them)
+    return whole
 
 
-def chunks(examples: Examples, chunk: int) -> Iterator[tuple[np.ndarray, Any]]:
-    """All examples in portions: their places and the batch."""
-    for start in range(0, len(examples), chunk):
-        places = np.arange(start, min(start + chunk, len(examples)))
+def _parts(examples: Examples) -> tuple[int, int]:
+    """This process's part of the examples, and of how many; where there are fewer than processes each has them all."""
+    rank, ranks = world()
+    return (rank, ranks) if ranks <= len(examples) else (0, 1)
+
+
+def chunks(examples: Examples, chunk: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[np.ndarray, Any]]:
+    """All examples, or a process's part of them, in portions: their places and the batch."""
+    own = np.arange(rank, len(examples), ranks)
+    for start in range(0, len(own), chunk):
+        places = own[start : start + chunk]
         yield places, examples.batch(places)
 
 
@@ -117,8 +133,9 @@ def distances(
     """Mean absolute (or squared) difference from `targets`, which `states` gave, at every site."""
     how, totals = matches(sites, match), [0.0] * len(sites)
     edit = adapters.edit(task) if adapters is not None else None
+    rank, ranks = _parts(examples)
     with torch.no_grad():
-        for places, batch in chunks(examples, chunk):
+        for places, batch in chunks(examples, chunk, rank, ranks):
 
             def note(number: int, state: Tensor, batch: Any = batch, places: Any = places) -> Tensor:
                 state = edit(number, state) if edit is not None else state
@@ -127,6 +144,8 @@ def distances(
                 return state
 
             run_through(network, batch, sites, note)
+    if ranks > 1:
+        totals = summed(torch.tensor(totals, dtype=torch.float64)).tolist()
     return [total / target.numel() for total, target in zip(totals, targets, strict=True)]
 
 

@@ -133,7 +133,7 @@ def _descend(
     points = marks(steps) if settings.online and watch is not None else {}
     stopping = settings.stopping()
     keep = {**stacked, "optimizer": optimizer, "losses": losses, "looks": looks, **stopping.keep()}
-    for step in journal.steps(steps, keep):
+    for step in journal.steps(steps, keep, shared=True):
         if stopping.due(step):
             _put(own, stacked)
             _compare(stopping, step, sets, own, apart, settings)
