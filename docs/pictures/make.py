@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,14 +88,17 @@ def experts() -> None:
 
 @contextmanager
 def served() -> Iterator[str]:
-    """The address at which `spolia ui` shows the runs."""
+    """The address at which `spolia ui` shows the runs, from a folder whose name may be seen."""
+    place = Path(tempfile.gettempdir()) / "project"
+    shutil.copytree(WORK / "runs", place / "runs", dirs_exist_ok=True)
     command = [sys.executable, "-c", "from spolia.cli import main; main()", "ui", "runs", "--no-browser"]
-    with subprocess.Popen(command, cwd=WORK, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             yield process.stdout.readline().strip()
         finally:
             process.terminate()
+            shutil.rmtree(place)
 
 
 def shown(browser: Browser, name: str, **look: object) -> Seen:
