@@ -26,27 +26,9 @@ WEIGHTS = "result/model.safetensors"
 IDLE = ("in_proj_bias", "blocks.1.norm.bias", "network.2.bias")
 """A key's bias, and a shift of features that class means are taken of, change no output: their gradient is rounding alone,
 which Adam takes for a direction."""
-CASES: dict[str, tuple[str, list[str], str]] = {
-    "adamerging": ("merge/adamerging-tiny", [*TWO, "method.steps=3"], WEIGHTS),
+CASES: dict[str, tuple[str, list[str], str]] = {  # adamerging, distill, inner loops and prompts: beside their own tests
     "surgery": ("surgery/surgery-tiny", [*TWO, "method.steps=9"], "result/adapters/adapters.safetensors"),
     "deep": ("surgery/deep-tiny", [*TWO, "method.steps=4"], "result/adapters/adapters.safetensors"),
-    "distill": (
-        "distill/kd-tiny",
-        [
-            "seeds=1",
-            "problem.images=40",
-            "problem.teacher=16",
-            "problem.noise=0",
-            "problem.training.steps=4",
-            "problem.training.batch=9",
-        ],
-        WEIGHTS,
-    ),
-    "maml": (
-        "meta/maml-tiny",
-        ["seeds=1", "problem.most_steps=3", "problem.episodes=4", "problem.validation=2", "method.tasks=3"],
-        "result/learner.safetensors",
-    ),
     "protonet": (
         "meta/protonet-tiny",
         ["seeds=1", "problem.most_steps=3", "problem.episodes=4", "problem.validation=2", "method.tasks=3"],
@@ -58,11 +40,6 @@ CASES: dict[str, tuple[str, list[str], str]] = {
         "result/learner.safetensors",
     ),
     "continual": ("continual/derpp-tiny", ["seeds=1", "problem.epochs=1", "problem.tasks=2"], WEIGHTS),
-    "prompts": (
-        "continual/asp-tiny",
-        ["seeds=1", "problem.epochs=1", "problem.pretraining=3"],
-        "result/prompts.safetensors",
-    ),
     "deepsc": (
         "link/deepsc-tiny",
         [

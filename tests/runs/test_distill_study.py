@@ -209,7 +209,7 @@ def test_killed_and_run_again_it_ends_with_the_same_bits(tmp_path: Path, monkeyp
     def dying(after: int) -> Any:
         count = iter(range(10**6))
 
-        def stepped(self: Journal, n: int, keep: Any = None) -> Any:
+        def stepped(self: Journal, n: int, keep: Any = None, *, shared: bool = False) -> Any:
             for step in steps(self, n, keep):
                 if next(count) == after:
                     self.request_stop()

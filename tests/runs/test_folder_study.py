@@ -294,7 +294,7 @@ def test_killed_and_run_again_gives_equal_bits(models: Path, tmp_path: Path, mon
     steps = Journal.steps
 
     def stopping(at: int) -> Callable[..., Any]:
-        def stopped(self: Journal, n: int, keep: Any = None) -> Any:
+        def stopped(self: Journal, n: int, keep: Any = None, *, shared: bool = False) -> Any:
             for step in steps(self, n, keep):
                 if step == at:
                     self.request_stop()

@@ -187,7 +187,7 @@ def test_a_run_goes_on_after_a_stop_to_the_same_numbers(tmp_path, monkeypatch, r
                     self.request_stop()
                 yield step
 
-    monkeypatch.setattr(surgery_study, "Journal", Stopping)
+    monkeypatch.setattr("spolia.runs.store.Journal", Stopping)
     with pytest.raises(KeyboardInterrupt):
         spolia.run("surgery/deep-tiny", tmp_path / "halved", overrides=overrides)
     assert json.loads((tmp_path / "halved" / "status.json").read_text())["state"] == "interrupted"
