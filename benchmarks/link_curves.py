@@ -211,7 +211,7 @@ def write_ledger(work: Path, corpus: str, out: Path, quick: bool, command: str) 
         return
     tokens = sum(len(frame.tokens) for frame in own.test)
     ledger = {
-        "name": f"link_{corpus}", "command": command, "commit": measure.commit(),
+        "name": f"link_{corpus}", "average": False, "command": command, "commit": measure.commit(),
         "date": datetime.date.today().isoformat(), "machine": measure.machine(),
         "versions": measure.versions(sys.executable, PACKAGES),
         "data": {

@@ -187,6 +187,7 @@ class Ledger:
         earlier = {row["task"]: before[row["task"]] for row in kept if row["task"] in before}
         ledger = {
             "name": self.path.stem,
+            "average": False,
             "command": self.command,
             **now,
             "machine": machine(),

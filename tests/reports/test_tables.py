@@ -50,6 +50,15 @@ def test_average_is_computed_only_where_every_task_is_measured(ledger):
     assert not cells["ties"].has_interval
 
 
+def test_levels_have_no_average(ledger):
+    """`average: false`: tasks whose mean says nothing; one that is stated all the same is shown."""
+    whole = main_table(ledger | {"average": False})
+    assert whole.columns == ("upright", "turned", "average")
+    ledger["rows"] = [r for r in ledger["rows"] if r["task"] != "average"]
+    assert main_table(ledger | {"average": False}).columns == ("upright", "turned")
+    assert main_table(ledger).columns == ("upright", "turned", "average")
+
+
 def test_one_task_has_no_average_column(ledger):
     ledger["rows"] = [r for r in ledger["rows"] if r["task"] == "upright"]
     table = main_table(ledger)

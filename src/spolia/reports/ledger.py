@@ -164,7 +164,7 @@ def main_table(results: dict[str, Any], metric: str | None = None) -> Table:
     """The table of `metric` (default: accuracy where measured, else the first). Without rows it has no lines.
 
     An average that the ledger does not state is the plain mean of a method's tasks, without interval, and only where
-    every task was measured. Of rows that say the same twice, the last one counts.
+    every task was measured; a ledger that says `average: false` has none. Of rows that say the same twice, the last counts.
     """
     found = [(r, words.name(r["method"]), words.name(r["task"]), words.name(r["metric"])) for r in rows(results)]
     metrics = list(dict.fromkeys(row[3] for row in found))
@@ -172,7 +172,8 @@ def main_table(results: dict[str, Any], metric: str | None = None) -> Table:
         metric = "accuracy" if "accuracy" in metrics or not metrics else metrics[0]
     found = [(row, method, task) for row, method, task, measured in found if measured == metric]
     tasks = [task for task in dict.fromkeys(row[2] for row in found) if task.lower() != AVERAGE]
-    columns = tasks if len(tasks) == 1 else [*tasks, AVERAGE]
+    stated = any(row[2].lower() == AVERAGE for row in found)
+    columns = tasks if len(tasks) == 1 or not (stated or results.get("average", True)) else [*tasks, AVERAGE]
     units = [words.name(row[0].get("unit")) for row in found if row[0].get("unit")]
     cells: dict[tuple[str, str], Cell] = {}
     differences: dict[tuple[str, str], Difference] = {}

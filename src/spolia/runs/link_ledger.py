@@ -57,6 +57,7 @@ def ledger(run: RunFolder, recipe: StudyRecipe, found: Found, data: dict[str, st
         seeds=recipe.every_seed[: len(found)],
         rows=made,
         notes=notes(recipe, found),
+        average=False,  # of noise levels
     )
 
 

@@ -131,11 +131,18 @@ class RunFolder:
         return status
 
     def ledger(
-        self, name: str, *, data: dict[str, str], seeds: list[int], rows: list[dict[str, Any]], notes: str
+        self,
+        name: str,
+        *,
+        data: dict[str, str],
+        seeds: list[int],
+        rows: list[dict[str, Any]],
+        notes: str,
+        average: bool = True,
     ) -> dict[str, Any]:
-        """What results.json holds: what was found, by which command, when and where."""
+        """What results.json holds: what was found, by which command, when and where. `average`: tasks have a mean."""
         env = self.read_json("env.json") or {}
-        return {
+        return ({} if average else {"average": False}) | {
             "name": name,
             "command": env.get("command", ""),
             "commit": (env.get("git") or {}).get("commit"),
