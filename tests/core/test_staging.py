@@ -104,3 +104,28 @@ def test_a_living_process_is_not_tidied_up_after(target: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "rename", rename)
     replace(target, 2.0)
     assert "another process" in seen[0] and read_tensors(target)["w"].tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize("place", [0, 1300, 1999])  # the first byte, the middle of the second piece, the last
+def test_bytes_that_the_disk_did_not_keep_are_noticed(place: int, tmp_path: Path) -> None:
+    """What was written is compared with the file before the folder exists; the next call takes nothing of it for done."""
+    made, layout = tmp_path / "made", Layout.of([Slot("w", DTYPES["F32"], (500,))], 10**9)
+    values = memoryview(torch.arange(500.0).numpy()).cast("B")
+    with Staging(made, layout, "k") as staging:
+        staging.write("w", 0, values[:600])
+        staging.write("w", 600, values[600:])
+        staging.mark("all")
+        where = layout.places["w"].start + place
+        with (staging.folder / "model.safetensors").open("r+b") as stream:
+            stream.seek(where)
+            held = stream.read(1)
+            stream.seek(where)
+            stream.write(bytes([held[0] ^ 1]))
+        with pytest.raises(SpoliaError, match=r"holds other bytes at \d+ than were written there"):
+            staging.finish()
+    assert not made.exists()
+    with Staging(made, layout, "k") as again:
+        assert not again.done
+        again.write("w", 0, values)
+        again.finish()
+    assert torch.equal(read_tensors(made)["w"], torch.arange(500.0))

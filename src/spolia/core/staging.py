@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from spolia.errors import SpoliaError
 
 LOG = ".spolia-progress"
 SHARE = ".spolia-share"  # where the processes of one merge agree (core/shared.py)
+PROBE = 64  # bytes at both ends and in the middle of every piece, which are compared with the file before it counts
 _REPLACED = ".spolia-replaced"  # names what is being replaced, from before it is moved until after it is deleted
 
 
@@ -43,6 +45,7 @@ class Staging:
         self._key = json.dumps({"key": key, "headers": headers, "boot": _boot_id()})
         self._lock = threading.Lock()
         self._fds: dict[str, int] = {}
+        self._probes: dict[tuple[str, int], bytes] = {}  # by file and place in it
         self._log = -1
 
     def __enter__(self) -> Staging:
@@ -151,6 +154,8 @@ class Staging:
         """Put bytes at `offset` of tensor `name`. Safe from several threads."""
         place = self.layout.places[name]
         fd, at = self._fds[place.file], place.start + offset
+        for start in (0, (len(data) - PROBE) // 2, len(data) - PROBE):
+            self._probes[place.file, at + max(0, start)] = bytes(data[max(0, start) :][:PROBE])
         with _told(self.folder):
             begin = at
             while data:
@@ -175,7 +180,7 @@ class Staging:
             shutil.copyfile(file, self.folder / file.name)
 
     def finish(self) -> None:
-        """Index, sync, and the rename that makes it exist."""
+        """Index, sync, a look at what was written, and the rename that makes it exist."""
         if self.layout.index is not None:
             self.write_text("model.safetensors.index.json", self.layout.index)
         with _told(self.folder):
@@ -185,7 +190,19 @@ class Staging:
                 if entry.is_file() and str(entry.relative_to(self.folder)) not in self._fds:
                     with entry.open("rb") as stream:
                         os.fsync(stream.fileno())
+            self._compare()
             self._rename()
+
+    def _compare(self) -> None:
+        """What this process wrote, looked at in places: a disk may take bytes and not keep them."""
+        for file, held in itertools.groupby(sorted(self._probes.items()), lambda item: item[0][0]):
+            with (self.folder / file).open("rb", buffering=0) as stream:
+                for (_, at), wrote in held:
+                    if os.pread(stream.fileno(), len(wrote), at) != wrote:
+                        os.ftruncate(self._log, 0)  # nothing of it is gone on with
+                        mend = f"check the disk, delete {shown(self.folder)}, and run the same command again"
+                        what = f"holds other bytes at {at} than were written there"
+                        raise SpoliaError(what, where=shown(self.folder / file), mend=mend)
 
     def _rename(self) -> None:
         self._check_target()
