@@ -125,6 +125,19 @@ def test_one_seed_has_no_interval_and_missing_rows_are_dashes(tmp_path):
     assert "-" in found.to_text()
 
 
+def test_rows_in_which_runs_differ_come_first(tmp_path):
+    a = run(tmp_path / "a", {0: {"x": [5, 10], "y": [4, 10], "z": [3, 10]}})
+    b = run(tmp_path / "b", {0: {"x": [5, 10], "y": [5, 10], "z": [3, 10]}})
+    assert [row.task for row in compare(a, b).rows] == ["y", "average", "x", "z"]
+
+
+def test_a_merge_that_was_evaluated_is_a_model_still(tmp_path, write_model):
+    """It has results of its own beside its weights."""
+    a, b = (write_model(tmp_path / name, {"w": torch.ones(2)}) for name in "ab")
+    (b / "results.json").write_text('{"rows": []}')
+    assert "identical: 1 tensors" in compare(a, b).to_text()
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

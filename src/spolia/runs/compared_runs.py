@@ -75,12 +75,14 @@ def _shown(difference: dict[str, Any] | None) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `spolia run` wrote it. A merged model has a recipe too, but neither of these."""
-    return any((folder / name).is_file() for name in ("results.json", "status.json"))
+    """Whether `spolia run` wrote it. A merged model has a recipe too, and results where it was evaluated."""
+    kept = (folder / "results.json").is_file() and not any(folder.glob("*.safetensors*"))
+    return kept or (folder / "status.json").is_file()
 
 
 def compare_runs(folders: list[Path]) -> RunComparison:
-    """Every row that at least one of the runs has. SpoliaError for runs that were not measured alike."""
+    """Every row that at least one of the runs has, those in which they differ first. SpoliaError for runs that were not
+    measured alike."""
     results = [_results(folder) for folder in folders]
     _alike(folders, results)
     found: dict[tuple[str, str, str], list[dict[str, Any] | None]] = {}
@@ -98,6 +100,7 @@ def compare_runs(folders: list[Path]) -> RunComparison:
         differences = [_paired(scores[0], other, metric, method, task) for other in scores[1:]]
         means = [None if row is None else row.get("mean") for row in measured]
         rows.append(Row(method, task, metric, units[0], means, differences))
+    rows.sort(key=lambda row: len(set(row.means)) == 1)
     comparison = RunComparison([str(folder) for folder in folders], rows, seeds)
     texts = [_text(folder / "recipe.yaml") for folder in folders]
     comparison.recipes = [recipe_difference(texts[0], text) for text in texts[1:]]
