@@ -81,8 +81,10 @@ def is_run(folder: Path) -> bool:
 
 
 def compare_runs(folders: list[Path]) -> RunComparison:
-    """Every row that at least one of the runs has, those in which they differ first. SpoliaError for runs that were not
-    measured alike."""
+    """Every row that at least one of the runs has: those in which they differ, equal ones, those that some lack.
+
+    SpoliaError for runs that were not measured alike.
+    """
     results = [_results(folder) for folder in folders]
     _alike(folders, results)
     found: dict[tuple[str, str, str], list[dict[str, Any] | None]] = {}
@@ -100,7 +102,7 @@ def compare_runs(folders: list[Path]) -> RunComparison:
         differences = [_paired(scores[0], other, metric, method, task) for other in scores[1:]]
         means = [None if row is None else row.get("mean") for row in measured]
         rows.append(Row(method, task, metric, units[0], means, differences))
-    rows.sort(key=lambda row: len(set(row.means)) == 1)
+    rows.sort(key=lambda row: 2 if None in row.means else len(set(row.means)) == 1)
     comparison = RunComparison([str(folder) for folder in folders], rows, seeds)
     texts = [_text(folder / "recipe.yaml") for folder in folders]
     comparison.recipes = [recipe_difference(texts[0], text) for text in texts[1:]]

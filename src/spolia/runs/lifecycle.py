@@ -48,17 +48,14 @@ def recorded(run: RunFolder, journal: Journal, progress: Any, total: int = 0, *,
 def phase_seconds(journal: Journal) -> dict[str, float]:
     """The journal's times by what was done: `seed 3 fine-tune upright` counts as `fine-tune`, as in the plan.
 
-    A phase within another counts once, under its own name.
+    What lies within a phase counts as that phase.
     """
     total: dict[str, float] = {}
-    within: dict[str, float] = {}
     for name, seconds in journal.seconds.items():
-        outer = name.rpartition(" / ")[0]
-        within[outer] = within.get(outer, 0.0) + seconds
-    for name, whole in journal.seconds.items():
-        seconds = max(whole - within.get(name, 0.0), 0.0)
-        kind = name.split()[2] if name.startswith("seed ") else name
-        total[kind] = round(total.get(kind, 0.0) + seconds, 3)
+        outer, _, inner = name.partition(" / ")
+        if not inner:
+            kind = outer.split()[2] if outer.startswith("seed ") else outer
+            total[kind] = round(total.get(kind, 0.0) + seconds, 3)
     return total
 
 

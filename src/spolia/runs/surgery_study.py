@@ -173,7 +173,7 @@ def _score(recipe: Recipe, run: RunFolder, repairs: list[Repair], seed: int, jou
     held = ExpertPool.of(experts)
     models: dict[str, SurgeredModel] = {}
     for repair in repairs:
-        with journal.phase(f"seed {seed} {repair.label}"):
+        with journal.phase(f"seed {seed} surgery {repair.label}"):
             model = models[repair.label] = _repaired(repair, first, held, pool, test, seed, journal)
         told[repair.label] = _counts(evaluate(lambda name, x, model=model: model(x, name), test))
         scored["bias"][repair.label] = measure_bias(model, held, {task.name: task.x for task in test})
