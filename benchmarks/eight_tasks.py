@@ -202,7 +202,7 @@ def regimes(pools: list[EightTasks], command: str, folder: Path) -> None:
         for pool in now:
             fit_experts(pool, say)
         found = [judge(pool, IN_REGIMES) for pool in now]
-        rows += regime_rows(strength, found, [pool.geometry() for pool in now])
+        rows += regime_rows(strength, found, [pool.geometry() for pool in now], [pool.curve(SCALES) for pool in now])
         write_ledger("regimes", rows, found, now, command, folder)
 
 

@@ -27,6 +27,7 @@ def write_ledger(
     name = "_".join(["eight_tasks", recipe.net, *([kind] if kind else [])])
     ledger = {
         "name": name,
+        "average": False,
         "command": command,
         "commit": measure.commit(),
         "date": datetime.date.today().isoformat(),
@@ -81,7 +82,8 @@ def notes(kind: str, found: list[Any], pools: list[EightTasks]) -> str:
     if kind == "regimes":
         lines.append(
             "Length of the change: |expert - base| / |base|, all weights as one vector. Cosine: of an expert's change with the"
-            f" others' changes, mean over the other {len(TASKS) - 1}."
+            f" others' changes, mean over the other {len(TASKS) - 1}. Entropy: of the answers to"
+            " validation images, mean over tasks."
         )
     if kind == "surgery":
         lines.append("Paired differences are against the merge that is repaired.")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -167,6 +168,26 @@ class EightTasks:
     ) -> dict[str, Share]:
         parts = [(task, self.part(task, name)) for task in tasks]
         return evaluate(lambda task, x: logits(task, x).cpu(), [Task(task, part.x, part.y) for task, part in parts])
+
+    def curve(self, scales: Sequence[float]) -> dict[float, tuple[float, float]]:
+        """Task arithmetic at each scale: % right on validation, and mean entropy of its answers there, nats."""
+        base = read_tensors(self.base)
+        total = {name: torch.zeros_like(tensor) for name, tensor in base.items()}
+        for folder in self.experts.values():
+            for name, tensor in read_tensors(folder).items():
+                total[name] += tensor - base[name]
+        found = {}
+        for scale in (0.0, *scales):
+            self._scratch.load_state_dict({name: tensor + scale * total[name] for name, tensor in base.items()})
+            right, nats = [], []
+            for task in TASKS:
+                part = self.part(task, "validation")
+                with torch.no_grad():
+                    log_p = self.heads[task](self.outputs(self._scratch, part.x)).log_softmax(-1).cpu()
+                right.append(float((log_p.argmax(1) == part.y).float().mean()))
+                nats.append(float(-(log_p.exp() * log_p).sum(1).mean()))
+            found[scale] = 100 * fmean(right), fmean(nats)
+        return found
 
     def geometry(self) -> dict[str, tuple[float, float]]:
         """For each task the length of its change in % of the base's, and its mean cosine with the other changes."""

@@ -111,9 +111,15 @@ def surgery_rows(found: list[Judged]) -> list[dict[str, Any]]:
 
 
 def regime_rows(
-    strength: str, found: list[Judged], geometry: Sequence[Mapping[str, tuple[float, float]]]
+    strength: str,
+    found: list[Judged],
+    geometry: Sequence[Mapping[str, tuple[float, float]]],
+    curves: Sequence[Mapping[float, tuple[float, float]]],
 ) -> list[dict[str, Any]]:
-    """One strength: accuracies, the scales chosen, and how far the experts went. `geometry` as pools give it."""
+    """One strength: accuracies, the scales chosen, how far the experts went, and task arithmetic over its scale.
+
+    `geometry` and `curves` as pools give them.
+    """
     rows = table_rows(found, (BASE, INDIVIDUAL, *IN_REGIMES))
     for label in IN_REGIMES:
         if label in found[0].chosen:
@@ -122,6 +128,11 @@ def regime_rows(
         lengths, cosines = zip(*(of[task] for of in geometry), strict=True)
         rows.append(_number("experts", task, "length of the change", "%", lengths))
         rows.append(_number("experts", task, "cosine with the others", "1", cosines))
+    for scale in curves[0]:
+        for place, (metric, unit) in enumerate((("validation accuracy", "%"), ("entropy", "nats"))):
+            rows.append(
+                _number("task_arithmetic", f"scale {scale:g}", metric, unit, [one[scale][place] for one in curves])
+            )
     for row in rows:
         row["method"] = f"{strength}: {row['method']}"
         if "paired_difference" in row:
