@@ -206,3 +206,17 @@ def test_several_faults_at_once(seeds):
     }  # fmt: skip
     assert advice.leave_out == ["fresh", "twin", "stranger"]
     assert len(advice.settings["weight"]) == 3
+
+
+@pytest.mark.parametrize(("length", "told"), [(0.15, []), (0.2, [("far", "")])])
+def test_experts_that_go_far_each_its_own_way_are_told(length: float, told: list[tuple[str, str]]):
+    """Four unrelated changes of 0.2 of the base's length lie 0.4 apart from it; 0.15 gives 0.3. The threshold is a third."""
+    base = {"w": torch.eye(64)}
+    noise = [torch.randn(64, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    experts = {str(i): {"w": base["w"] + length * 8 * n / n.norm()} for i, n in enumerate(noise)}
+    assert faults(advice_on(base, experts)) == told
+    alike = {
+        k: {"w": base["w"] + length * 8 * (noise[0] + 0.3 * n) / noise[0].norm()}
+        for k, n in zip("abcd", noise, strict=True)
+    }
+    assert ("far", "") not in faults(advice_on(base, alike))  # they agree: their average goes as far as each

@@ -1,7 +1,8 @@
 """Will these models merge well? Plain words, and a method to begin with, from a pool's portrait alone.
 
-The thresholds are ours: they were set on digits experts with known faults (tests/bench/test_advice.py) and say where to
-look, not what will happen. Nothing is evaluated.
+The thresholds are ours: they were set on digits experts with known faults (tests/bench/test_advice.py), FAR between these
+and eight image experts whose sum at 0.3 fell below their base (docs/results/eight_tasks.md). They say where to look, not
+what will happen. Nothing is evaluated.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ APART = 0.01  # distance over length of two task vectors below which two experts
 KEPT = 0.5  # share of the base left in an expert's matrices below which it is no fine-tune of it
 ALIEN = 0.8  # strangers to the base that are this alike: the base is not theirs
 LONG, SHORT = 3.0, 0.1  # times the median length of the other task vectors
+FAR = 1 / 3  # root of the summed squares of lengths over the base's, above which a sum may leave what the base can do
 ALIKE = 0.6  # mean cosine above which the experts learned much the same
 AGAINST = -0.5  # cosine below which two experts undo each other
 
@@ -25,7 +27,7 @@ AGAINST = -0.5  # cosine below which two experts undo each other
 class Finding:
     """One thing worth knowing. `expert` is empty where it concerns the pool."""
 
-    kind: str  # broken | wrong_base | not_a_fine_tune | untrained | overscaled | weak | copy | opposed
+    kind: str  # broken | wrong_base | not_a_fine_tune | untrained | overscaled | weak | copy | opposed | far
     expert: str
     text: str
 
@@ -68,6 +70,7 @@ def advise(portrait: Portrait) -> Advice:
         return Advice(findings, verdict, None, {}, leave_out)
     scaled = [f.expert for f in findings if f.kind == "overscaled" and f.expert not in bad]
     cosine, conflict = _mean(whole.cosines, sound), _mean(whole.conflict, sound)
+    findings += _far(whole, sound, cosine) if not scaled else []
     method, settings, reason = _choose(len(sound), cosine, bool(scaled))
     if scaled:
         settings = {**settings, "weight": _even_weights(whole, sound)}
@@ -203,3 +206,15 @@ def _opposed(portrait: Portrait, whole: Measured, sound: list[int]) -> list[Find
                 )
                 found.append(Finding("opposed", names[b], text))
     return found
+
+
+def _far(whole: Measured, sound: list[int], cosine: float) -> list[Finding]:
+    """Experts that went far, each its own way."""
+    together = math.sqrt(sum(whole.relative[i] ** 2 for i in sound))
+    if not together > FAR or cosine >= ALIKE:
+        return []
+    text = (
+        f"Together the experts leave the base by {together:.0%} of its length, each in its own direction: a sum may fall below"
+        " the base. Choose its scale on validation data, or learn it by the experts' answers (adamerging, objective: expert)."
+    )
+    return [Finding("far", "", text)]
