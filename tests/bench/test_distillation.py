@@ -39,7 +39,7 @@ def test_rank_agreement_is_scipys(step: float):
     s, t = drawn(12, 9), drawn(12, 9, seed=1)
     if step:
         s, t = ((x / step).round() for x in (s, t))
-    theirs = [scipy.kendalltau(a, b).statistic for a, b in zip(s.numpy(), t.numpy(), strict=True)]
+    theirs = [scipy.kendalltau(a, b).statistic for a, b in zip(s.double().numpy(), t.double().numpy(), strict=True)]
     theirs = torch.tensor([0.0 if math.isnan(v) else v for v in theirs], dtype=torch.float64)  # all tied: ours is 0
     torch.testing.assert_close(kendall(s, t), theirs, rtol=0, atol=1e-12)
 

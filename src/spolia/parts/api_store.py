@@ -147,7 +147,10 @@ class Store:
                 except OSError as error:
                     raise SpoliaError(f"cannot be made: {error.strerror}", where=str(self.path.parent)) from None
             base = sqlite3.connect(
-                ":memory:" if self.path is None else self.path, _WAIT, isolation_level=None, check_same_thread=False
+                ":memory:" if self.path is None else self.path,
+                timeout=_WAIT,
+                isolation_level=None,
+                check_same_thread=False,
             )
             base.execute("PRAGMA journal_mode = WAL")  # a reader waits for no writer; a kill leaves the file whole
             base.execute("PRAGMA synchronous = NORMAL")
