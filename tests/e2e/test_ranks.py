@@ -55,22 +55,40 @@ CASES: dict[str, tuple[str, list[str], str]] = {  # adamerging, distill, inner l
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_learn_what_one_does(name: str, tmp_path: Path) -> None:
-    recipe, overrides, artefact = CASES[name]
-    one, two = tmp_path / "one", tmp_path / "two"
-    spolia.run(recipe, one, overrides=overrides)
-    for made in (one / "checkpoints").iterdir():  # the same teachers and experts, to save time
-        if made.is_dir() and made.name != "loops":
-            shutil.copytree(made, two / "checkpoints" / made.name)
-    two.mkdir(exist_ok=True)
-    shutil.copy(one / "recipe.yaml", two)
-    spolia.run(recipe, two, overrides=overrides, nproc=2)
+RUNS = """
+import json, sys
+import spolia
+for recipe, overrides, folder in json.loads(sys.argv[1]):
+    spolia.run(recipe, folder, overrides=overrides)
+"""
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    """Each case alone here; then all of them, one after the other, in a script under torchrun."""
+    for name, (recipe, overrides, _) in CASES.items():
+        one, two = tmp_path / name / "one", tmp_path / name / "two"
+        spolia.run(recipe, one, overrides=overrides)
+        for made in (one / "checkpoints").iterdir():  # the same teachers and experts, to save time
+            if made.is_dir() and made.name != "loops":
+                shutil.copytree(made, two / "checkpoints" / made.name)
+        two.mkdir(exist_ok=True)
+        shutil.copy(one / "recipe.yaml", two)
+    (tmp_path / "runs.py").write_text(RUNS)
+    jobs = [(recipe, overrides, str(tmp_path / name / "two")) for name, (recipe, overrides, _) in CASES.items()]
+    done = torchrun(str(tmp_path / "runs.py"), json.dumps(jobs))
+    assert done.returncode == 0, done.stderr
+    for name, (_, _, artefact) in CASES.items():
+        compare(tmp_path / name / "one", tmp_path / name / "two", artefact)
+
+
+def compare(one: Path, two: Path, artefact: str) -> None:
     alone, shared = (tensorfile.read(folder / artefact, "")[1] for folder in (one, two))
     assert alone.keys() == shared.keys()
     for tensor in alone:
         if not tensor.endswith(IDLE):  # sums of fp32 in another order, carried on by a few steps
-            torch.testing.assert_close(shared[tensor], alone[tensor], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                shared[tensor], alone[tensor], rtol=1e-3, atol=1e-5, msg=lambda m, t=tensor: f"{one}: {t}: {m}"
+            )
     assert labels(one) == labels(two)
     shared_phases = {phase for (phase, _), _ in metrics(two)}
     told = [line for line in metrics(one) if line[0][0] in shared_phases]
@@ -163,15 +181,15 @@ def test_interrupted_it_goes_on_with_another_number(tmp_path: Path) -> None:
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "spolia"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run(
         [*start, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
 
 
 def test_torchrun_does_the_same_and_one_speaks(tmp_path: Path) -> None:
-    done = torchrun("run", "continual/finetune-tiny", *SHORT, "-o", str(tmp_path / "run"))
+    done = torchrun("-m", "spolia", "run", "continual/finetune-tiny", *SHORT, "-o", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert status(tmp_path / "run")["state"] == "done" and done.stdout.count("report.html") == 1
-    wrong = torchrun("run", "continual/finetune-tiny", "method.lrr=1", "-o", str(tmp_path / "other"))
+    wrong = torchrun("-m", "spolia", "run", "continual/finetune-tiny", "method.lrr=1", "-o", str(tmp_path / "other"))
     assert wrong.returncode and wrong.stderr.count("did you mean") == 1 and not (tmp_path / "other").exists()
