@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom, each in a process and a folder of its own, and show what a notebook would show.
+"""Notebooks run from top to bottom, each in a folder of its own, and show what a notebook would show.
 
 The last expression of a cell is shown as Jupyter does it: by `_repr_html_` where it has one, else by `repr`. Jupyter is not
 needed.
@@ -6,36 +6,16 @@ needed.
 
 from __future__ import annotations
 
+import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import spolia
 from spolia.runs.describe import FAMILIES
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples" / "notebooks").glob("*.ipynb"))
-
-READER = """
-import ast, json, sys
-
-names = {"__name__": "__main__"}
-for number, cell in enumerate(json.load(open(sys.argv[1], encoding="utf-8"))["cells"]):
-    if cell["cell_type"] != "code":
-        continue
-    tree = ast.parse("".join(cell["source"]), f"cell {number}")
-    shown = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, f"cell {number}", "exec"), names)
-    if shown is not None:
-        value = eval(compile(shown, f"cell {number}", "eval"), names)
-        if value is not None:
-            html = getattr(value, "_repr_html_", None)
-            print(html() if html is not None else repr(value))
-"""
 
 
 def book(file: Path) -> dict[str, Any]:
@@ -71,15 +51,20 @@ def test_pool_plan_and_run_are_shown(file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=name_of)
-def test_notebooks_run(file: Path, tmp_path: Path) -> None:
-    home = {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(Path(spolia.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:spolia", "-c", READER, str(file)],
-        cwd=tmp_path,
-        env=os.environ | home,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_notebooks_run(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in book(file)["cells"]:
+        if cell["cell_type"] == "code":
+            show("".join(cell["source"]), f"{file.stem} {cell['id']}", names)
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def show(source: str, where: str, names: dict[str, Any]) -> None:
+    """Run a cell, and show its last expression."""
+    tree = ast.parse(source, where)
+    last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, where, "exec"), names)
+    value = eval(compile(last, where, "eval"), names) if last is not None else None
+    if value is not None:
+        assert getattr(value, "_repr_html_", value.__repr__)()
