@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def test_what_goes_wrong_is_asked_again(hostile: Hostile, act: str) -> None:
 
 def test_all_of_it_at_once_loses_nothing(hostile: Hostile) -> None:
     hostile.script = ["429", "drop", "ok", "nan", "503", "cut", "garbage", "ok", "error", "500"]
-    api, _ = ask(hostile, 40, policy=Policy(**{**QUICK.__dict__, "attempts": 8}))
+    api, _ = ask(hostile, 40, policy=replace(QUICK, attempts=8, timeout=20.0))  # nothing here is waited for
     assert sum(hostile.served.values()) == 40 and max(hostile.served.values()) == 1
     assert api.spent.failed == 8
 
