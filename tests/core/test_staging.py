@@ -14,7 +14,7 @@ import torch
 from spolia.core import staging as module
 from spolia.core.checkpoint import DTYPES, read_tensors
 from spolia.core.layout import Layout, Slot
-from spolia.core.staging import LOG, Staging
+from spolia.core.staging import GRID, LOG, PROBE, Staging
 from spolia.errors import SpoliaError
 
 LAYOUT = Layout.of([Slot("w", DTYPES["F32"], (4,))], 10**9)
@@ -106,16 +106,16 @@ def test_a_living_process_is_not_tidied_up_after(target: Path, monkeypatch: pyte
     assert "another process" in seen[0] and read_tensors(target)["w"].tolist() == [2.0] * 4
 
 
-@pytest.mark.parametrize("place", [0, 1300, 1999])  # the first byte, the middle of the second piece, the last
-def test_bytes_that_the_disk_did_not_keep_are_noticed(place: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["first", "last", "between"])
+def test_bytes_that_the_disk_did_not_keep_are_noticed(place: str, tmp_path: Path) -> None:
     """What was written is compared with the file before the folder exists; the next call takes nothing of it for done."""
-    made, layout = tmp_path / "made", Layout.of([Slot("w", DTYPES["F32"], (500,))], 10**9)
-    values = memoryview(torch.arange(500.0).numpy()).cast("B")
+    made, layout = tmp_path / "made", Layout.of([Slot("w", DTYPES["F32"], (500_000,))], 10**9)
+    values, begin = memoryview(torch.arange(500_000.0).numpy()).cast("B"), layout.places["w"].start
     with Staging(made, layout, "k") as staging:
-        staging.write("w", 0, values[:600])
-        staging.write("w", 600, values[600:])
+        for at in range(0, len(values), 600_000):
+            staging.write("w", at, values[at : at + 600_000])
         staging.mark("all")
-        where = layout.places["w"].start + place
+        where = {"first": begin, "last": begin + len(values) - 1, "between": GRID + PROBE - 1}[place]
         with (staging.folder / "model.safetensors").open("r+b") as stream:
             stream.seek(where)
             held = stream.read(1)
@@ -128,4 +128,4 @@ def test_bytes_that_the_disk_did_not_keep_are_noticed(place: int, tmp_path: Path
         assert not again.done
         again.write("w", 0, values)
         again.finish()
-    assert torch.equal(read_tensors(made)["w"], torch.arange(500.0))
+    assert torch.equal(read_tensors(made)["w"], torch.arange(500_000.0))

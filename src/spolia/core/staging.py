@@ -26,7 +26,8 @@ from spolia.errors import SpoliaError
 
 LOG = ".spolia-progress"
 SHARE = ".spolia-share"  # where the processes of one merge agree (core/shared.py)
-PROBE = 64  # bytes at both ends and in the middle of every piece, which are compared with the file before it counts
+PROBE = 64  # bytes that are compared with the file before it counts: at both ends of a tensor, and
+GRID = 2**20  # at every so manieth byte of the file
 _REPLACED = ".spolia-replaced"  # names what is being replaced, from before it is moved until after it is deleted
 
 
@@ -154,8 +155,9 @@ class Staging:
         """Put bytes at `offset` of tensor `name`. Safe from several threads."""
         place = self.layout.places[name]
         fd, at = self._fds[place.file], place.start + offset
-        for start in (0, (len(data) - PROBE) // 2, len(data) - PROBE):
-            self._probes[place.file, at + max(0, start)] = bytes(data[max(0, start) :][:PROBE])
+        ends = [0] * (offset == 0) + [max(0, len(data) - PROBE)] * (offset + len(data) == place.slot.nbytes)
+        for start in (*ends, *range(-at % GRID, len(data), GRID)):
+            self._probes[place.file, at + start] = bytes(data[start : start + PROBE])
         with _told(self.folder):
             begin = at
             while data:
