@@ -1,7 +1,7 @@
 """Will these models merge well? Plain words, and a method to begin with, from a pool's portrait alone.
 
 The thresholds are ours: they were set on digits experts with known faults (tests/bench/test_advice.py), FAR between these
-and eight image experts whose sum at 0.3 fell below their base (docs/results/eight_tasks.md). They say where to look, not
+and eight image experts whose sum at 0.3 fell below their base (benchmarks/eight_tasks.py). They say where to look, not
 what will happen. Nothing is evaluated.
 """
 
