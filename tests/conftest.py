@@ -339,3 +339,31 @@ def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Chi
             return Child(server, pid, out, err)
 
         yield fork
+
+
+LISTING = """
+import sys
+seen = []
+reading = ("open", "os.listdir", "os.scandir")
+sys.addaudithook(lambda event, args: seen.append(str(args[0])) if event in reading else None)
+from spolia.cli import main
+try:
+    main(["sweep", sys.argv[1], "--list"])
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = [n for n in ("torch", "numpy", "rich", "yaml", "optuna", "ray", "submitit") if n in sys.modules]
+inside = {name for name in seen if name.startswith(sys.argv[1])}
+sys.exit(f"{heavy} {inside}" if heavy or len(inside) > 2 else 0)
+"""
+
+
+@pytest.fixture
+def listed_lightly() -> Callable[[Path], str]:
+    """What `spolia sweep FOLDER --list` prints; it must import nothing heavy and look at no more than two places inside."""
+
+    def call(folder: Path) -> str:
+        done = subprocess.run([sys.executable, "-c", LISTING, str(folder)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
