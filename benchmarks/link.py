@@ -1,12 +1,13 @@
 """A frame read by a language model: this package's search beside transformers' own beams, and a loop without a cache.
 
-    python benchmarks/link.py                    rows a: 4 layers of 256, 4000 tokens, 32 places; about six minutes
+    python benchmarks/link.py                    rows a: 4 layers of 256, 4000 tokens, 32 places; about nine minutes
     python benchmarks/link.py --large            rows b too: 12 layers of 768, 50257 tokens, 64 places, 8 beams; ten more
     python benchmarks/link.py --json FILE        where the results go; by default docs/results/link_speed.json
 
 One process, one thread, ways in turn; first it is seen that all read the same text. Milliseconds a frame are of the processor,
 medians. Weights are random but large, so that the model is sure of something; noise is at 2 dB. The model's steps alone, with
-transformers' own cache and no search, are the floor. TinyLM is the same network as GPT-2 of that size, with a cache of this
+transformers' own cache and no search, are the floor of all ways that run the model as it is; `compiled` takes its steps as
+torch compiles them, which a first run pays for. TinyLM is the same network as GPT-2 of that size, with a cache of this
 package's own.
 """
 
@@ -104,6 +105,7 @@ def beams_of(
     """One frame: ours, `generate` alone, `generate` with the channel, and every hypothesis read anew."""
     model, (*_, tokens, places) = gpt2(shape), shape
     prior, again = CausalPrior(model, start=[0]), CausalPrior(Uncached(model).eval(), tokens=range(tokens), start=[0])
+    compiled = CausalPrior(model, start=[0], compiled=True)
     scores, start = heard_of(tokens, places, 1), torch.zeros(1, 1, dtype=torch.long)
     processor = ChannelProcessor(scores, prompt=1)
     told = {"attention_mask": torch.ones_like(start), "pad_token_id": 1, **processor.arguments}
@@ -112,6 +114,9 @@ def beams_of(
         width = Width(count)
         ways: dict[str, Callable[[], Any]] = {
             "spolia": lambda width=width: beam(lambda t: scores[:, t], places, prior, [()], 1.0, width).tokens[0, 0],
+            "spolia, compiled": lambda width=width: beam(
+                lambda t: scores[:, t], places, compiled, [()], 1.0, width
+            ).tokens[0, 0],
             "generate": lambda count=count: model.generate(start, num_beams=count, **told),
             "generate with the channel": lambda count=count: model.generate(
                 start, num_beams=count, logits_processor=[processor], **told
@@ -121,7 +126,13 @@ def beams_of(
             ways["without a cache"] = lambda width=width: beam(
                 lambda t: scores[:, t], places, again, [()], 1.0, width
             ).tokens[0, 0]
-        read = {way: run() for way, run in ways.items() if way != "generate"}
+        read = {}
+        for way, run in ways.items():
+            begun = time.perf_counter()
+            if way != "generate":  # which does not know the channel
+                read[way] = run()
+            if way == "spolia, compiled":
+                print(f"{row}: {count} beams, compiled within {time.perf_counter() - begun:.0f} s", flush=True)
         assert all(torch.equal(read["spolia"], other) for other in read.values()), "the ways read different texts"
         ways["the model's steps alone"] = lambda count=count: steps_alone(model, count, places)
         found += told_rows(f"{row}: {count} beams", timed(ways, repeats), places)

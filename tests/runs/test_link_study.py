@@ -75,6 +75,8 @@ def test_what_is_missing_is_told_by_the_plan(tmp_path):
         plan_recipe(load_recipe("link/llm_sc", [f"problem.folder={tmp_path}"]))
     with pytest.raises(SpoliaError, match="did you mean `ngram`"):
         plan_recipe(small("problem.prior=ngrams"))
+    with pytest.raises(SpoliaError, match=r"problem\.compiled: tiny_lm takes no steps that can be compiled"):
+        plan_recipe(small("problem.prior=tiny_lm", "problem.compiled=true"))
     with pytest.raises(SpoliaError, match="is no folder of a model"):
         plan_recipe(small(f"problem.embedding={tmp_path}"))
     with pytest.raises(SpoliaError, match="is no file"):

@@ -6,12 +6,14 @@ number. Log-softmax is fp32, whatever the model computes in.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from spolia.core.lazy import torch
 from spolia.errors import SpoliaError
+from spolia.parts.compiled_prior import CompiledReading, compiled_step
 from spolia.parts.prior import Contexts, Reading, fingerprint_of
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ class CausalPrior:
 
     `tokens`: the model's ids of the dense tokens (by default its whole vocabulary, in order). `start`: the model's ids that
     every row begins with (by default the config's bos token, or its eos token). `positions`: the longest sequence the model
-    takes (by default the config's); of a context that is longer than fits, the latest tokens are read.
+    takes (by default the config's); of a context that is longer than fits, the latest tokens are read. `compiled`: steps of
+    a model of transformers are compiled, which halves their time where rows are few; see parts/compiled_prior.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class CausalPrior:
         tokens: Sequence[int] | None = None,
         start: Sequence[int] | None = None,
         positions: int | None = None,
+        compiled: bool = False,
     ):
         if model.training:
             raise SpoliaError("is in training mode: dropout would count", where="prior", mend="call model.eval() first")
@@ -56,10 +60,21 @@ class CausalPrior:
         self.begin = list(start) if start is not None else [] if first is None else [first]
         limit = positions or getattr(config, "max_position_embeddings", None) or getattr(model, "context", None)
         self.positions: int | None = limit
+        if compiled and not self.theirs:
+            what = f"a {type(model).__name__} has no cache of transformers"
+            raise SpoliaError(what, where="compiled", mend="leave `compiled` out")
+        self.compiled: Any = compiled_step(self) if compiled else None
 
     @property
     def vocabulary(self) -> int:
         return len(self._ids)
+
+    @property
+    def plain(self) -> CausalPrior:
+        """The same without `compiled`, for what two ends must reckon alike to the last bit."""
+        own = copy.copy(self)
+        own.compiled = None
+        return own
 
     @property
     def fingerprint(self) -> str:
@@ -67,6 +82,8 @@ class CausalPrior:
 
     def start(self, contexts: Contexts, ahead: int) -> Reading:
         rows = self._rows(contexts, ahead)
+        if self.compiled:
+            return CompiledReading(self, rows, ahead)
         if self.theirs:
             return _Theirs(self, rows)
         return _Ours(self, rows, ahead) if hasattr(self.model, "cache") else _Again(self, rows)

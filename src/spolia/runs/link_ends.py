@@ -63,7 +63,8 @@ class Ends:
 def ends_of(problem: LinkProblem, seed: int, folder: Path, journal: Journal, *, symbols: bool = False) -> Ends:
     """The ends of a seed; what takes long is read from `folder` where it was made before. `symbols`: aligned labels."""
     texts = texts_of(problem, seed)
-    own = opened(problem.prior, problem.device, "problem.prior") if isinstance(problem.prior, Path) else None
+    theirs = problem.prior if isinstance(problem.prior, Path) else None
+    own = opened(theirs, problem.device, "problem.prior", compiled=problem.compiled) if theirs else None
     tokenizer = own[0] if own else _tokenizer(problem, texts, folder / f"tokenizer-{seed}.json")
     parts = {p: cut(getattr(texts, p), tokenizer, problem.length, problem.context) for p in ("train", "design", "test")}
     for part, frames in parts.items():
@@ -91,7 +92,7 @@ def rates_of(ends: Ends, bits: float) -> Rates:
     return Rates(ends.constellation.bits, tokens * width / sent, max(bits, 1e-6) / width, uses / max(1, characters))
 
 
-def opened(folder: str | Path, device: str, where: str) -> tuple[HfTokenizer, CausalPrior]:
+def opened(folder: str | Path, device: str, where: str, *, compiled: bool = False) -> tuple[HfTokenizer, CausalPrior]:
     """A causal model of transformers and its tokenizer; no code of the folder is run."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,7 +102,7 @@ def opened(folder: str | Path, device: str, where: str) -> tuple[HfTokenizer, Ca
     except (OSError, ValueError, KeyError) as error:
         mend = "a folder of a causal model and its tokenizer, as transformers saves them"
         raise SpoliaError(f"cannot be opened: {error}", where=f"{where} {folder}", mend=mend) from None
-    return tokenizer, CausalPrior(model.to(device).eval(), tokens=tokenizer.model_ids)
+    return tokenizer, CausalPrior(model.to(device).eval(), tokens=tokenizer.model_ids, compiled=compiled)
 
 
 # --- tokens and model ------------------------------------------------------------------------------------------------

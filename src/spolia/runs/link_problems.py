@@ -87,6 +87,7 @@ class LinkProblem(Shape):
     length: int | None = Field(24, description="tokens of a frame; null: a sentence is a frame", ge=4)
     context: int = Field(0, description="tokens before a frame that the receiver knows", ge=0)
     prior: Model | Path = Field("ngram", description=_PRIOR)
+    compiled: bool = Field(False, description="compile the steps of a folder's model: quicker after a minute or two")
     order: int = Field(3, description="tokens that an n-gram spans", ge=1, le=8)
     width: int = Field(128, description="of tiny_lm", ge=4, multiple_of=4)
     depth: int = Field(3, description="layers of tiny_lm", ge=1)
@@ -184,6 +185,9 @@ def check_files(problem: LinkProblem, settings: Any) -> None:
     if problem.embedding is not None and not (problem.embedding / "config.json").is_file():
         mend = "a folder of a text encoder with its tokenizer, as transformers saves it"
         raise SpoliaError("is no folder of a model", where=f"problem.embedding {problem.embedding}", mend=mend)
+    if problem.compiled and not isinstance(problem.prior, Path):
+        what = f"{problem.prior} takes no steps that can be compiled"
+        raise SpoliaError(what, where="problem.compiled", mend="leave it out, or give the folder of a causal model")
     theirs = isinstance(problem.prior, Path) or problem.embedding is not None
     needed = ["transformers"] if theirs else ["tokenizers"] if problem.vocabulary > 256 else []
     for package in needed:

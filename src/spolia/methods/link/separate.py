@@ -85,7 +85,7 @@ class LMCompressor:
 
     def compress(self, tokens: Sequence[int], context: Sequence[int] = ()) -> list[int]:
         coder = Encoder()
-        reading = self.prior.start([context], len(tokens))
+        reading = self._start(context, len(tokens))
         for i, token in enumerate(tokens):
             if i:
                 _read(reading, tokens[i - 1])
@@ -94,12 +94,15 @@ class LMCompressor:
 
     def expand(self, bits: Sequence[int], length: int, context: Sequence[int] = ()) -> list[int]:
         coder, found = Decoder(bits), list[int]()
-        reading = self.prior.start([context], length)
+        reading = self._start(context, length)
         for i in range(length):
             if i:
                 _read(reading, found[-1])
             found.append(coder.pull(_table(reading)))
         return found
+
+    def _start(self, context: Sequence[int], length: int) -> Reading:
+        return getattr(self.prior, "plain", self.prior).start([context], length)
 
     def checked(self, content: Sequence[int] | str) -> Tensor:
         assert not isinstance(content, str)
