@@ -219,6 +219,10 @@ def test_every_stage_is_a_row_and_the_result_holds_them(finished: tuple[Path, An
     assert "coefficients.json" in {file.name for file in (run / "result").iterdir()}
     assert not (run / "result" / "mergekit_recipe.yml").exists()  # a sum of plain task vectors is another model
     assert CHAIN in (run / "report.html").read_text()
+    learned = {json.loads(line)["phase"] for line in (run / "metrics.jsonl").read_text().splitlines()}
+    assert {p for p in learned if "merge" in p} == {"seed 0 merge / adapt"}  # writing it does not learn it again
+    took = json.loads((run / "status.json").read_text())["seconds"]
+    assert {"merge", "surgery"} <= set(took) <= {"base", "fine-tune", "merge", "surgery"} and took["surgery"] > 0
 
 
 @pytest.mark.slow
@@ -249,9 +253,10 @@ def test_the_result_gives_the_same_logits_in_a_fresh_process(
 
 
 def digest(run: Path) -> dict[str, Any]:
-    files = {p: p.read_bytes() for p in sorted((run / "result").rglob("*")) if p.is_file()}
-    found: dict[str, Any] = {str(p.relative_to(run)): hashlib.sha256(b).hexdigest() for p, b in files.items()}
-    return found | {"rows": json.loads((run / "results.json").read_text())["rows"]}
+    files = [p for p in sorted((run / "result").rglob("*")) if p.is_file() and p.name != "results.json"]
+    found: dict[str, Any] = {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    ledgers = [run / "results.json", run / "result" / "results.json"]  # each names the command, and so the folder
+    return found | {"rows": [json.loads(file.read_text())["rows"] for file in ledgers]}
 
 
 @pytest.mark.slow

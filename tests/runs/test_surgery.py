@@ -169,6 +169,10 @@ def test_a_run_leaves_a_table_figures_and_adapters(finished: Path) -> None:
     adapters = spolia.Adapters.load(finished / "result" / "adapters" / "adapters.safetensors")
     assert adapters.tasks == ["upright", "turned"] and not any(name.startswith("sets") for name in merged)
     assert "deep brings a merge of 2 experts from" in (finished / "summary.txt").read_text()
+    of_merge = json.loads((finished / "result" / "results.json").read_text())
+    assert of_merge["seeds"] == [0] and {"task_arithmetic", "deep"} <= {row["method"] for row in of_merge["rows"]}
+    card = (finished / "result" / "README.md").read_text()
+    assert "made with task_arithmetic: " in card and "## Results" in card and "Not measured" not in card
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from spolia.catalog import find
 from spolia.data.digits import SIZES
 from spolia.runs.digits_ledger import EXPERTS, METRIC
 from spolia.runs.digits_pool import DATA_TOUCHED
+from spolia.runs.measuring import Measured
 from spolia.runs.preprocessing import chained
 from spolia.runs.recipe import Recipe
 from spolia.runs.schema import DigitsPool
@@ -61,6 +62,13 @@ def ledger(run: RunFolder, recipe: Recipe, found: list[dict[str, Any]]) -> dict[
         rows=ledger_rows(scores, metric=METRIC, baselines=beside, against=merged),
         notes=_notes(recipe, found),
     )
+
+
+def of_merge(run: RunFolder, recipe: Recipe, first: dict[str, Any]) -> Measured:
+    """What the first seed found, for the card of its merge, which is called by its name there."""
+    told, name = ledger(run, recipe, [first]), chained(recipe.preprocess, merge_of(recipe)[0])
+    rows = [row | {"method": name} if row["method"] == labels(recipe)[0] else row for row in told["rows"]]
+    return Measured(told | {"rows": rows}, name)
 
 
 def _notes(recipe: Recipe, found: list[dict[str, Any]]) -> str:

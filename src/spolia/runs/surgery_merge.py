@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spolia.catalog import find
-from spolia.core.checkpoint import read_tensors
-from spolia.core.journal import Journal
 from spolia.errors import Problems, SpoliaError, SpoliaWarning
 from spolia.runs.digits_pool import DigitExperts
 from spolia.runs.digits_study import needs_base
+from spolia.runs.measuring import Measured
 from spolia.runs.recipe import Recipe
 from spolia.runs.schema import DigitsPool
 from spolia.runs.store import RunFolder
@@ -20,6 +18,7 @@ from spolia.runs.store import RunFolder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spolia.core.journal import Journal
     from spolia.core.settings import Settings
 
     State = dict[str, Tensor]
@@ -52,22 +51,17 @@ def learns(recipe: Recipe) -> int:
     return getattr(merge_of(recipe)[1], "schedule", (0, 0.0))[0]
 
 
-def merged(recipe: Recipe, run: RunFolder, pool: DigitExperts, seed: int, journal: Journal) -> State:
-    """The merged tensors, in fp32. A merge of the recipe's own is for the first seed written to result/, and read there."""
-    if recipe.surgery is None:
-        made = _made(recipe, pool, seed)
-    elif seed != recipe.seed:
-        made = _made(recipe, pool, seed, journal)
-    else:
-        write_merge(recipe, run, pool, journal)
-        made = read_tensors(run.result)
+def merged(recipe: Recipe, pool: DigitExperts, seed: int, journal: Journal) -> State:
+    """The merged tensors, in fp32."""
+    made = _made(recipe, pool, seed, journal)
     return {name: tensor.float() for name, tensor in made.items()}
 
 
-def write_merge(recipe: Recipe, run: RunFolder, pool: DigitExperts, journal: Journal | None = None) -> None:
+def write_merge(recipe: Recipe, run: RunFolder, pool: DigitExperts, measured: Measured) -> None:
     """The first seed's merge into result/, which appears when it is whole."""
     if not run.result.exists():
-        _made(recipe, pool, recipe.seed, journal, run.result)
+        again = run.journal()  # of its own: to it this merge is the one that was made, and what was learned is kept
+        _made(recipe, pool, recipe.seed, again, run.result, measured)
 
 
 def beside(recipe: Recipe, pool: DigitExperts, seed: int) -> dict[str, State]:
@@ -83,13 +77,19 @@ def beside(recipe: Recipe, pool: DigitExperts, seed: int) -> dict[str, State]:
 
 
 def _made(
-    recipe: Recipe, pool: DigitExperts, seed: int, journal: Journal | None = None, out: Path | None = None
+    recipe: Recipe,
+    pool: DigitExperts,
+    seed: int,
+    journal: Journal,
+    out: Path | None = None,
+    measured: Measured | None = None,
 ) -> Any:
     from spolia.runs.verbs import merge
 
     name, settings = merge_of(recipe)
     looks = bool(find(name).data)
-    with warnings.catch_warnings(), journal.phase(f"seed {seed} merge") if journal is not None else nullcontext():
+    evaluate: Any = (lambda _: measured) if measured is not None else None
+    with warnings.catch_warnings(), journal.phase(f"seed {seed} merge"):
         warnings.simplefilter("ignore", SpoliaWarning)  # that entropy misleads is for the method's page to say
         made = merge(
             {domain: pool.expert(domain) for domain in pool.domains},
@@ -103,5 +103,6 @@ def _made(
             network=pool.network if looks else None,
             unlabelled=pool.unlabelled(pool.domains) if looks else None,
             journal=journal if looks else None,
+            evaluate=evaluate,
         )
     return made.weights if looks and out is None else made

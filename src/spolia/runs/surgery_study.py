@@ -162,7 +162,7 @@ def _score(recipe: Recipe, run: RunFolder, repairs: list[Repair], seed: int, jou
     assert isinstance(recipe.pool, DigitsPool)
     pool = make_pool(run.checkpoints / f"seed-{seed}", recipe.pool.domains, seed, journal)
     experts = {domain: read_tensors(pool.expert(domain)) for domain in pool.domains}
-    first, test = merged(recipe, run, pool, seed, journal), pool.tasks("test")
+    first, test = merged(recipe, pool, seed, journal), pool.tasks("test")
     name, own = surgery_ledger.labels(recipe)
     told: dict[str, dict[str, Any]] = {EXPERTS: {}}
     for label, state in {**beside(recipe, pool, seed), name: first}.items():
@@ -180,11 +180,10 @@ def _score(recipe: Recipe, run: RunFolder, repairs: list[Repair], seed: int, jou
         if repair.own:
             told[repair.label + ROUTED] = {task.name: _routed(model, task) for task in test}
             scored["facts"] = model.facts
-            if seed == recipe.seed:
-                write_merge(recipe, run, pool)
-                model.adapters.save(_adapters(run))
     if seed == recipe.seed:
         scored["points"] = _projected(pool, experts, (name, first), (own, models[own]), test)
+        write_merge(recipe, run, pool, surgery_ledger.of_merge(run, recipe, scored))
+        models[own].adapters.save(_adapters(run))
     return scored
 
 
