@@ -7,7 +7,8 @@
     experts     a fine-tune a task and seed, at one --strength: light, medium or strong
     regimes     a few merges at all three strengths: ledger eight_tasks_NET_regimes
     table       all merges at one strength: eight_tasks_NET
-    surgery     four of these merges repaired: eight_tasks_NET_surgery
+    surgery     five of these merges repaired: eight_tasks_NET_surgery
+    images      what repairing the average needs: eight_tasks_NET_images
     all         one after the other
 
 Every stage makes what it lacks of the stages before it and keeps all it makes in the work folder, which must lie outside the
@@ -34,6 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
+from eight_tasks_images import agreement, image_rows
 from eight_tasks_ledger import write_ledger
 from eight_tasks_pool import NETS, EightTasks, Recipe, recipe_of
 from eight_tasks_rows import (
@@ -53,13 +55,13 @@ from eight_tasks_rows import (
 from eight_tasks_training import fit_experts, fit_heads, forget, pretrain
 
 import spolia
-from spolia.bench.multitask import choose, mean_percent
+from spolia.bench.multitask import AVERAGE, choose, mean_percent
 from spolia.catalog import find
 from spolia.core.checkpoint import read_tensors, write_checkpoint
 from spolia.data.images import data_folder
 from spolia.errors import SpoliaError, SpoliaWarning
 
-STAGES = ("pretrain", "heads", "experts", "regimes", "table", "surgery", "all")
+STAGES = ("pretrain", "heads", "experts", "regimes", "table", "surgery", "images", "all")
 say = partial(print, file=sys.stderr, flush=True)
 
 
@@ -181,6 +183,7 @@ def run(stage: str, pools: list[EightTasks], command: str, folder: Path) -> None
     if stage == "regimes":
         return
     found: dict[str, list[Judged]] = {"table": [], "surgery": []}
+    needed: list[dict[str, list[float]]] = []
     for stop, pool in enumerate(pools, 1):
         fit_experts(pool, say)
         if stage in ("table", "all"):
@@ -192,6 +195,10 @@ def run(stage: str, pools: list[EightTasks], command: str, folder: Path) -> None
             found["surgery"].append(repair(pool))
             rows = surgery_rows(found["surgery"])
             write_ledger("surgery", rows, found["surgery"], pools[:stop], command, folder)
+        if stage in ("images", "all"):
+            judge(pool, (AVERAGE,))
+            needed.append(agreement(pool, read_tensors(kept(pool, AVERAGE)), say))
+            write_ledger("images", image_rows(needed), [], pools[:stop], command, folder)
 
 
 def regimes(pools: list[EightTasks], command: str, folder: Path) -> None:

@@ -85,12 +85,17 @@ def notes(kind: str, found: list[Any], pools: list[EightTasks]) -> str:
             f" others' changes, mean over the other {len(TASKS) - 1}. Entropy: of the answers to"
             " validation images, mean over tasks."
         )
+    if kind == "images":
+        lines.append(
+            "Share of a task expert's answers that the repaired average gives too, mean over tasks; `rank` where it is not the"
+            " default of 16."
+        )
     if kind == "surgery":
         lines.append("Paired differences are against the merge that is repaired.")
     if recipe.net == "squeezenet":
         lines.append("regmean is left out: the network has no linear layers.")
     lines.append("Tiles of rsscn7 and dtd10 cut from one picture can lie in two splits of the train part, not in test.")
-    if kind != "regimes":
+    if found and kind != "regimes":
         lines += [f"{label}: {', '.join(f'{one.chosen[label]:g}' for one in found)}." for label in found[0].chosen]
         rivals = [label for label in found[0].validation if not label.endswith("on test inputs")]
         if rivals:

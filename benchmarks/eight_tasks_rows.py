@@ -123,15 +123,15 @@ def regime_rows(
     rows = table_rows(found, (BASE, INDIVIDUAL, *IN_REGIMES))
     for label in IN_REGIMES:
         if label in found[0].chosen:
-            rows.append(_number(label, AVERAGE, "scale", "1", [one.chosen[label] for one in found]))
+            rows.append(number_row(label, AVERAGE, "scale", "1", [one.chosen[label] for one in found]))
     for task in TASKS:
         lengths, cosines = zip(*(of[task] for of in geometry), strict=True)
-        rows.append(_number("experts", task, "length of the change", "%", lengths))
-        rows.append(_number("experts", task, "cosine with the others", "1", cosines))
+        rows.append(number_row("experts", task, "length of the change", "%", lengths))
+        rows.append(number_row("experts", task, "cosine with the others", "1", cosines))
     for scale in curves[0]:
         for place, (metric, unit) in enumerate((("validation accuracy", "%"), ("entropy", "nats"))):
             rows.append(
-                _number("task_arithmetic", f"scale {scale:g}", metric, unit, [one[scale][place] for one in curves])
+                number_row("task_arithmetic", f"scale {scale:g}", metric, unit, [one[scale][place] for one in curves])
             )
     for row in rows:
         row["method"] = f"{strength}: {row['method']}"
@@ -140,7 +140,7 @@ def regime_rows(
     return rows
 
 
-def _number(method: str, task: str, metric: str, unit: str, values: Sequence[float]) -> dict[str, Any]:
+def number_row(method: str, task: str, metric: str, unit: str, values: Sequence[float]) -> dict[str, Any]:
     one = t_interval(values)
     row = {"method": method, "task": task, "metric": metric, "unit": unit}
     return row | {"mean": one.mean, "low": one.low, "high": one.high, "n": len(values)}
