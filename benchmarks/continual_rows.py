@@ -51,6 +51,7 @@ _MNIST: dict[str, dict[str, Any]] = {
 }
 _SIXTY = "Published tables have 60,000 training images and read them once."
 _SLOWER = "derpp at 0.3 lr"  # the rate that published tables have for DER++ on CIFAR-10, 0.03
+_AS_MUCH = "derpp with beta 1"  # its labels weigh as much as ER's
 _STRENGTHS = ("at 0.7 lr", *(f"+ refresh {how}" for how in ("0.03", "0.1", "0.3", "0.1 full", "0.3 full", "released")))
 ROWS = {
     "mnist": Row("Split-MNIST", packed("mnist", **_GREY), 10, 0.03, _MNIST, cut=_SIXTY),
@@ -78,7 +79,7 @@ ROWS = {
         cut="Published tables have ResNet-18, 32 pixels, 50,000 images and 50 readings; a memory of 200 was left out.",
         tests=1000,
         memories=(500,),
-        also=(_SLOWER,),
+        also=(_SLOWER, _AS_MUCH),
     ),
     "images": Row(
         "Split-CIFAR-10, all images",
@@ -89,7 +90,7 @@ ROWS = {
         cut="Published tables have ResNet-18, 32 pixels and 50 readings. As many steps as twenty readings of 10,000 images.",
         tests=1000,
         memories=(500,),
-        sweep=("er", _SLOWER),
+        sweep=("er", "derpp"),
     ),
     "pixels": Row(
         "Split-CIFAR-10, 32 pixels",
@@ -100,7 +101,7 @@ ROWS = {
         cut="Published tables have ResNet-18, 50,000 images and 50 readings.",
         tests=1000,
         memories=(500,),
-        sweep=(_SLOWER,),
+        sweep=("er", "derpp"),
     ),
     "strength": Row(
         "Split-MNIST, one reading",
@@ -138,12 +139,19 @@ ROWS = {
 
 
 def settings_of(row: Row, learner: str, memory: int | None) -> tuple[str, Any]:
-    """Method and settings of a learner; of `er + refresh 0.1 full` those of refresh around er's, of `er at 0.7 lr` er's."""
+    """Method and settings of a learner; of `er + refresh 0.1 full` those of refresh around er's, of `er at 0.7 lr` er's.
+
+    `derpp with beta 1` is derpp with that setting.
+    """
     host, _, around = learner.partition(" + ")
     host, _, factor = host.partition(" at ")
+    host, _, changed = host.partition(" with ")
     given = {"lr": row.lr} | row.settings.get(host, {})
     given = {name: _at(memory, value) if isinstance(value, dict) else value for name, value in given.items()}
     given["lr"] *= float(factor.removesuffix(" lr") or 1)
+    if changed:
+        name, value = changed.split()
+        given[name] = float(value)
     if memory is not None:
         given |= {"items": memory, "replay": row.replay}
     if host == "ewc":
@@ -188,7 +196,7 @@ def against_of(labels: list[str]) -> dict[str, str]:
     found = {}
     for label in labels:
         learner, _, memory = label.partition(", ")
-        host = learner.partition(" + ")[0].partition(" at ")[0]
+        host = learner.partition(" + ")[0].partition(" at ")[0].partition(" with ")[0]
         bases = [AGAINST.get(host, "")] if host == learner else [host, AGAINST.get(host, "")]
         for other in [name for base in bases for name in (f"{base}, {memory}", base)]:
             if other in labels and other != label:

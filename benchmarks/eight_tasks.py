@@ -209,7 +209,8 @@ def regimes(pools: list[EightTasks], command: str, folder: Path) -> None:
         for pool in now:
             fit_experts(pool, say)
         found = [judge(pool, IN_REGIMES) for pool in now]
-        rows += regime_rows(strength, found, [pool.geometry() for pool in now], [pool.curve(SCALES) for pool in now])
+        curves = [pool.curve(SCALES) for pool in now]
+        rows += regime_rows(strength, found, [p.geometry() for p in now], curves, [p.elsewhere() for p in now])
         write_ledger("regimes", rows, found, now, command, folder)
 
 

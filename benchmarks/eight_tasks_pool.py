@@ -189,6 +189,18 @@ class EightTasks:
             found[scale] = 100 * fmean(right), fmean(nats)
         return found
 
+    def elsewhere(self) -> dict[str, tuple[float, float]]:
+        """For each task % right on validation under the base, and under the experts of the other tasks, their mean."""
+        found = {
+            t: [100 * share.correct / share.total]
+            for t, share in self.judge(read_tensors(self.base), "validation").items()
+        }
+        for expert, folder in self.experts.items():
+            others = [task for task in TASKS if task != expert]
+            for task, share in self.judge(read_tensors(folder), "validation", others).items():
+                found[task].append(100 * share.correct / share.total)
+        return {task: (own, fmean(theirs)) for task, (own, *theirs) in found.items()}
+
     def geometry(self) -> dict[str, tuple[float, float]]:
         """For each task the length of its change in % of the base's, and its mean cosine with the other changes."""
         base = _flat(read_tensors(self.base))

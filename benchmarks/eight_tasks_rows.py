@@ -115,10 +115,11 @@ def regime_rows(
     found: list[Judged],
     geometry: Sequence[Mapping[str, tuple[float, float]]],
     curves: Sequence[Mapping[float, tuple[float, float]]],
+    elsewhere: Sequence[Mapping[str, tuple[float, float]]],
 ) -> list[dict[str, Any]]:
     """One strength: accuracies, the scales chosen, how far the experts went, and task arithmetic over its scale.
 
-    `geometry` and `curves` as pools give them.
+    `geometry`, `curves` and `elsewhere` as pools give them.
     """
     rows = table_rows(found, (BASE, INDIVIDUAL, *IN_REGIMES))
     for label in IN_REGIMES:
@@ -128,6 +129,10 @@ def regime_rows(
         lengths, cosines = zip(*(of[task] for of in geometry), strict=True)
         rows.append(number_row("experts", task, "length of the change", "%", lengths))
         rows.append(number_row("experts", task, "cosine with the others", "1", cosines))
+        for method, values in zip(
+            (BASE, "experts of the other tasks"), zip(*(of[task] for of in elsewhere), strict=True), strict=True
+        ):
+            rows.append(number_row(method, task, "validation accuracy", "%", values))
     for scale in curves[0]:
         for place, (metric, unit) in enumerate((("validation accuracy", "%"), ("entropy", "nats"))):
             rows.append(
