@@ -45,13 +45,18 @@ def sharp(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the usual products, of frozen weights: trying others takes minutes. benchmarks/link.py compares the tuned ones."""
+    monkeypatch.setattr(compiled_prior, "_TUNED", {"freezing": True})
+
+
 @compiler
 @pytest.mark.slow
-def test_compiled_steps_are_the_steps(monkeypatch):
+def test_compiled_steps_are_the_steps(untuned):
     """Contexts of two lengths, a window shorter than they are; rows split, vanish, and are filled up to 4 and 8."""
-    monkeypatch.setattr(compiled_prior, "_TUNED", {})  # the search below has tuned ones, which take long to compile
-    model, draws, counts = mistral(), torch.Generator().manual_seed(1), (3, 4, 4, 3, 7, 8, 5, 3)
-    contexts = [(3, 4, 5), (7,)]
+    model, draws, counts = mistral(), torch.Generator().manual_seed(1), (4, 4, 3, 4, 7, 8, 5, 3)
+    contexts = [(3, 4, 5), (7,), (9, 2), (1,)]
     ours, theirs = (CausalPrior(model, compiled=how).start(contexts, len(counts) + 1) for how in (True, False))
     torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=0, atol=1e-4)
     rows = len(contexts)
@@ -64,7 +69,7 @@ def test_compiled_steps_are_the_steps(monkeypatch):
 
 @compiler
 @pytest.mark.slow
-def test_the_search_finds_the_same_texts_with_compiled_steps():
+def test_the_search_finds_the_same_texts_with_compiled_steps(untuned):
     model = gpt2()
     heard = torch.randn(2, 6, V, generator=torch.Generator().manual_seed(2)) * 4
     found = [

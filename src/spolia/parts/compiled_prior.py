@@ -1,8 +1,8 @@
 """A causal model's next step as one compiled program, for simulations that take many of them.
 
 torch.compile writes it for fixed numbers of rows and positions, with the matrix products that are quickest here; both are
-therefore filled up to powers of two, and each pair of these is compiled once a process: half a minute or so. Its floats are
-those of the plain step up to rounding, and need not be the same in another process.
+therefore filled up to powers of two, and each pair of these is compiled once a process: half a minute or so. Weights stay what
+they are at that moment. Its floats are those of the plain step up to rounding, and need not be the same in another process.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class CompiledReading:
 
     def __init__(self, prior: CausalPrior, rows: list[list[int]], ahead: int):
         from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
         from spolia.parts.causal_prior import filled
 
@@ -59,14 +60,22 @@ class CompiledReading:
         self._positions = _filled_up(self._length + ahead - 1, _LEAST)
         self._blank = (self._length - lengths) if int(lengths.min()) < self._length else None  # on the left [rows]
         self._cache: Any = StaticCache(config=cast("Any", prior.model.config), max_cache_len=self._positions)
+        # layers with a window count steps in Python, so that each would be compiled; the mask knows the window too
+        self._cache.layers = [
+            StaticLayer(self._positions) if isinstance(layer, StaticSlidingWindowLayer) else layer
+            for layer in self._cache.layers
+        ]
         at = torch.arange(self._length, device=prior.device)
         places = at.expand_as(ids) if self._blank is None else (at - self._blank[:, None]).clamp(min=0)
-        with torch.inference_mode():
+        with torch.no_grad():  # tensors of inference mode could not be written in a step
             logits = prior.logits(ids, **_asked(prior, self._cache, self._seen(), places))
         if not all(hasattr(layer, "keys") for layer in self._cache.layers):
             what = "the model keeps more than keys and values"
             raise SpoliaError(what, where="compiled", mend="leave `compiled` out")
         self.log_probs = prior.normalised(logits[:, -1])
+        # transformers marks what it made as never to move, and freezing takes that for constant: copies bear no mark
+        everyone = torch.arange(len(ids), device=prior.device)
+        self._cache.layers = [_chosen(layer, everyone, same=False) for layer in self._cache.layers]
 
     def step(self, parents: Tensor, tokens: Tensor) -> Tensor:
         count = len(parents)
