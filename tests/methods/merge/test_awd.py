@@ -140,6 +140,42 @@ def test_twins_zero_vectors_and_single_experts_are_finite() -> None:
 # --- the merge -------------------------------------------------------------------------------------------------------
 
 
+def cost(taus: torch.Tensor, a: torch.Tensor, alpha: float) -> float:
+    """The objective at delta = sum a_k tau_k, in units of the rms norm, over experts that moved."""
+    taus = taus / taus.square().sum(1).mean().sqrt()
+    delta = a @ taus
+    left = torch.nn.functional.normalize((taus - delta)[taus.norm(dim=1) > 1e-3], dim=1)
+    pairs, count = (left @ left.T).triu(1).abs(), len(taus)
+    return float(pairs.sum() / (count * (count - 1) / 2) + alpha * delta.norm())
+
+
+@given(st.integers(0, 2**16), st.lists(st.floats(-14, 0), min_size=2, max_size=6), st.sampled_from(["prox", "paper"]))
+@settings(deadline=None, max_examples=60)
+def test_no_group_ends_above_its_start_however_unlike_the_norms_are(
+    seed: int, powers: list[float], solver: Any
+) -> None:
+    """Dead channels move by weight decay alone, by a billionth of what others move."""
+    draws = torch.Generator().manual_seed(seed)
+    taus = torch.randn(len(powers), 12, generator=draws, dtype=torch.float64) + 1.0
+    taus *= 10.0 ** torch.tensor(powers, dtype=torch.float64)[:, None]
+    taus /= taus.square().sum(1).mean().sqrt()  # in which the two solvers have one objective
+    a, _ = disentangle((taus @ taus.T)[None], Awd(solver=solver, steps=60))
+    zero = torch.zeros_like(a[0])
+    assert cost(taus, a[0], 0.1) <= cost(taus, zero, 0.1) + 1e-9  # fp64
+
+
+def test_experts_that_hardly_moved_change_nothing_for_the_others() -> None:
+    draws = torch.Generator().manual_seed(0)
+    taus = torch.randn(3, 20, generator=draws, dtype=torch.float64) + 1.0
+    still = 1e-7 * torch.randn(2, 20, generator=draws, dtype=torch.float64)
+    both = torch.cat([taus, still])
+    alpha = 0.1 * 3 / 10 / (5 / 3) ** 0.5  # of ten pairs three count, and the rms norm is smaller
+    alone, _ = disentangle((taus @ taus.T)[None], Awd(steps=4000))
+    beside, _ = disentangle((both @ both.T)[None], Awd(steps=4000, alpha=alpha))
+    torch.testing.assert_close(beside[0, :3], alone[0], rtol=0, atol=2e-3)  # where the last steps end
+    assert float(beside[0, 3:].abs().max()) == 0.0
+
+
 def models(count: int, seed: int = 0) -> tuple[State, list[State]]:
     noise = torch.Generator().manual_seed(seed)
     shapes = {"a.weight": (9, 7), "k.weight": (4, 3, 2, 2), "b": (5,), "embed_tokens.weight": (6, 3)}

@@ -22,7 +22,9 @@ Gram matrix G of the group. With u = G a, q = a.u, D_ij = G_ij - u_i - u_j + q, 
 Data touched: none. Departures: `solver: prox` with a decaying step ends at the kink of |cos|, where the paper's fixed step
 (`solver: paper`) oscillates around it; it works in units of the group's rms norm, so that one alpha suits all groups. The
 paper does not say its granularity in what we could read and published no code; rows are what its authors' later code has.
-With one group the result is task arithmetic with the weights w_k - a_k sum_i w_i. Cosines below 1e-7 count as zero.
+With one group the result is task arithmetic with the weights w_k - a_k sum_i w_i. Cosines below 1e-7 count as zero, experts
+that moved a group by less than a thousandth of the others take no part in it, and delta = 0 where the steps end higher than
+they began: in dead channels of a network vectors differ by many orders of magnitude.
 """
 
 from __future__ import annotations
@@ -46,6 +48,10 @@ if TYPE_CHECKING:
 _XIONG = "Xiong et al. 2024"
 _SPEC = "our choice, in units of the group's rms norm"
 _DEAD = 1e-7  # cosines below it are rounding: orthogonal vectors must stay as they are
+_STILL = (
+    1e-3  # of the group's rms norm: a task vector below it does not count, steps would be out of all proportion to it
+)
+_ZERO = 1e-12  # of a task vector's norm: a remainder below it has no direction
 _GROUPS = 1024  # solved together: what they need stays in the cache
 _FEW = 256  # rows below which a tensor is solved with others: alone, its steps would be calls more than arithmetic
 
@@ -216,12 +222,14 @@ def _solve(gram: Tensor, settings: Disentangling, stop: threading.Event | None) 
         if prox:
             shrink = (1 - beta * settings.alpha / q.sqrt()).clamp_(min=0).nan_to_num_(0.0)  # delta = 0 stays so
             a, u, q = a * shrink, u * shrink, q * shrink.square()
+    worse = pairs.cost(u, q, settings.alpha) > pairs.cost(torch.zeros_like(u), torch.zeros_like(q), settings.alpha)
+    a, u, q = (x.masked_fill(worse, 0.0) for x in (a, u, q))
     length = q.sqrt() / pairs.own.sqrt().mean(0).clamp(min=torch.finfo(gram.dtype).tiny)
     return a.t(), torch.stack([before, pairs.mean_cosine(u, q), length], dim=1)
 
 
 class _Pairs:
-    """The K (K - 1) / 2 pairs of experts, for groups side by side. Zero vectors have no direction and take no part."""
+    """The K (K - 1) / 2 pairs of experts, for groups side by side. What hardly moved has no direction and takes no part."""
 
     def __init__(self, gram: Tensor):
         count = len(gram)
@@ -230,14 +238,14 @@ class _Pairs:
             gram[self.i, self.j],
             gram.diagonal().t().contiguous(),
         )  # [pairs, groups], [experts, groups]
-        self.floor = 1e-24 * self.own.mean(0)  # of a squared norm
+        self.floor = _STILL**2 * self.own.mean(0)  # of a squared norm
         self.members = torch.zeros(count, len(self.i), dtype=gram.dtype)  # 1 where an expert is of a pair
         self.members[self.i, range(len(self.i))] = self.members[self.j, range(len(self.i))] = 1.0
 
     def cosines(self, u: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """C and 1 / (n_i n_j) of every pair [pairs, groups], 1 / n_i of every expert."""
         squared = self.own - 2 * u + q
-        inverse = torch.where((self.own > self.floor) & (squared > self.floor), squared.rsqrt(), 0.0)
+        inverse = torch.where((self.own > self.floor) & (squared > _ZERO**2 * self.own), squared.rsqrt(), 0.0)
         product = inverse[self.i] * inverse[self.j]
         return (self.gram - u[self.i] - u[self.j] + q) * product, product, inverse
 
@@ -247,6 +255,10 @@ class _Pairs:
         live = cosines.abs() > _DEAD
         pulls = self.members @ (cosines.sign() * product * live)
         return (pulls - inverse.square() * (self.members @ (cosines.abs() * live))) / -len(self.i)
+
+    def cost(self, u: Tensor, q: Tensor, alpha: float) -> Tensor:
+        """What is minimised [groups]."""
+        return self.cosines(u, q)[0].abs().sum(0) / len(self.i) + alpha * q.sqrt()
 
     def mean_cosine(self, u: Tensor, q: Tensor) -> Tensor:
         """Mean |C| over the pairs that have one [groups]."""
