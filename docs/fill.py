@@ -114,7 +114,7 @@ def _table(ledger: dict[str, Any], words: list[str]) -> str:
             known = "; ".join(dict.fromkeys(row["metric"] for row in ledger["rows"]))
             raise ValueError(f"{ledger['name']} has no metric `{metric}`; known: {known}")
         return to_markdown(table)
-    columns = [[part.strip() for part in word.split(":", 1)] for word in words[2:]]
+    columns = [[part.strip() for part in word.rsplit(":", 1)] for word in words[2:]]
     if not columns or any(len(column) != 2 for column in columns):
         raise ValueError(f"`{'; '.join(words)}` is not of the form NAME; tasks; method: metric; method: metric …")
     tasks = dict.fromkeys(r["task"] for r in ledger["rows"] if [r["method"], r["metric"]] in columns)
