@@ -69,9 +69,9 @@ class CompiledReading:
         places = at.expand_as(ids) if self._blank is None else (at - self._blank[:, None]).clamp(min=0)
         with torch.no_grad():  # tensors of inference mode could not be written in a step
             logits = prior.logits(ids, **_asked(prior, self._cache, self._seen(), places))
-        if not all(hasattr(layer, "keys") for layer in self._cache.layers):
-            what = "the model keeps more than keys and values"
-            raise SpoliaError(what, where="compiled", mend="leave `compiled` out")
+        if not all(hasattr(layer, "keys") and hasattr(layer, "cumulative_length") for layer in self._cache.layers):
+            what = "the model keeps other things than keys and values, or transformers keeps them in another form"
+            raise SpoliaError(what, where="compiled", mend="upgrade transformers, or leave `compiled` out")
         self.log_probs = prior.normalised(logits[:, -1])
         # transformers marks what it made as never to move, and freezing takes that for constant: copies bear no mark
         everyone = torch.arange(len(ids), device=prior.device)

@@ -48,9 +48,7 @@ if TYPE_CHECKING:
 _XIONG = "Xiong et al. 2024"
 _SPEC = "our choice, in units of the group's rms norm"
 _DEAD = 1e-7  # cosines below it are rounding: orthogonal vectors must stay as they are
-_STILL = (
-    1e-3  # of the group's rms norm: a task vector below it does not count, steps would be out of all proportion to it
-)
+_STILL = 1e-3  # of the group's rms norm: a task vector below it takes no part, as no step is small enough for it
 _ZERO = 1e-12  # of a task vector's norm: a remainder below it has no direction
 _GROUPS = 1024  # solved together: what they need stays in the cache
 _FEW = 256  # rows below which a tensor is solved with others: alone, its steps would be calls more than arithmetic
