@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -45,23 +46,28 @@ def sharp(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.fixture
-def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes the usual products, of frozen weights: trying others takes minutes. benchmarks/link.py compares the tuned ones."""
-    monkeypatch.setattr(compiled_prior, "_TUNED", {"freezing": True})
+@pytest.fixture(scope="module")
+def priors() -> Iterator[tuple[CausalPrior, CausalPrior]]:
+    """With compiled steps and without, of one model. Usual products of frozen weights: trying others takes minutes, and
+    benchmarks/link.py compares those.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled_prior, "_TUNED", {"freezing": True})
+        model = mistral()
+        yield CausalPrior(model, compiled=True), CausalPrior(model)
 
 
 @compiler
 @pytest.mark.slow
-def test_compiled_steps_are_the_steps(untuned):
-    """Contexts of two lengths, a window shorter than they are; rows split, vanish, and are filled up to 4 and 8."""
-    model, draws, counts = mistral(), torch.Generator().manual_seed(1), (4, 4, 3, 4, 7, 8, 5, 3)
-    contexts = [(3, 4, 5), (7,), (9, 2), (1,)]
-    ours, theirs = (CausalPrior(model, compiled=how).start(contexts, len(counts) + 1) for how in (True, False))
+def test_compiled_steps_are_the_steps(priors):
+    """Contexts of two lengths, a window shorter than the text; rows split, vanish, and are filled up to 4."""
+    contexts, counts = [(3, 4, 5), (7,), (9, 2), (1,)], (4, 4, 3, 4, 3, 3, 4, 4)
+    draws = torch.Generator().manual_seed(1)
+    ours, theirs = (prior.start(contexts, len(counts) + 1) for prior in priors)
     torch.testing.assert_close(ours.log_probs, theirs.log_probs, rtol=0, atol=1e-4)
     rows = len(contexts)
-    for count in counts:
-        parents = torch.randint(rows, (count,), generator=draws)
+    for step, count in enumerate(counts):
+        parents = torch.arange(4) if step == 0 else torch.randint(rows, (count,), generator=draws)
         tokens, rows = torch.randint(V, (count,), generator=draws), count
         # the same sums in another order, at logits of size 100 in fp32
         torch.testing.assert_close(ours.step(parents, tokens), theirs.step(parents, tokens), rtol=0, atol=1e-4)
@@ -69,16 +75,14 @@ def test_compiled_steps_are_the_steps(untuned):
 
 @compiler
 @pytest.mark.slow
-def test_the_search_finds_the_same_texts_with_compiled_steps(untuned):
-    model = gpt2()
-    heard = torch.randn(2, 6, V, generator=torch.Generator().manual_seed(2)) * 4
-    found = [
-        beam(lambda t: heard[:, t], 6, CausalPrior(model, compiled=how), [(), ()], 1.0, Width(3))
-        for how in (True, False)
-    ]
-    assert torch.equal(found[0].tokens, found[1].tokens)
-    torch.testing.assert_close(found[0].scores, found[1].scores, rtol=0, atol=1e-3)  # six sums of 100 in fp32
-    assert found[0].rows == found[1].rows  # of 6 rows, filled up to 8: filling is not counted
+def test_the_search_finds_the_same_texts_with_compiled_steps(priors):
+    """From two rows to four, and to three, which are filled up."""
+    heard = torch.randn(2, 9, V, generator=torch.Generator().manual_seed(2)) * 4
+    for width in (Width(2), Width(2, threshold=6.0)):
+        found = [beam(lambda t: heard[:, t], 9, prior, [(3, 4, 5), (7,)], 1.0, width) for prior in priors]
+        assert torch.equal(found[0].tokens, found[1].tokens)
+        torch.testing.assert_close(found[0].scores, found[1].scores, rtol=0, atol=1e-3)  # nine sums of 100 in fp32
+        assert found[0].rows == found[1].rows  # filling is not counted
 
 
 def test_a_model_without_their_cache_is_not_compiled():
