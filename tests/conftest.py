@@ -40,14 +40,14 @@ HOUSE = ("test_floors.py", "test_docs.py", "test_ledger.py", "test_catalog.py", 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of the cases of a test marked `sampled(n)` the first, and every n-th after it, are fast; the others are slow.
 
-    Where a test has more than MANY cases, every third is taken so, but for the tests of the house itself.
+    Where a test has more than MANY cases, every fifth is taken so, but for the tests of the house itself.
     """
     cases = Counter(item.nodeid.partition("[")[0] for item in items)
     seen: Counter[str] = Counter()
     for item in items:
         mark, test = item.get_closest_marker("sampled"), item.nodeid.partition("[")[0]
         alike = cases[test] > MANY and Path(test.partition("::")[0]).name not in HOUSE
-        every = mark.args[0] if mark is not None else 3 if alike else 1
+        every = mark.args[0] if mark is not None else 5 if alike else 1
         if seen[test] % every:
             item.add_marker("slow")
         seen[test] += 1

@@ -91,6 +91,7 @@ def test_a_model_without_their_cache_is_not_compiled():
         CausalPrior(model, compiled=True)
 
 
+@pytest.mark.slow
 def test_what_two_ends_must_reckon_alike_is_not_compiled(monkeypatch):
     prior = CausalPrior(gpt2(), compiled=True)
     monkeypatch.setattr(prior, "compiled", lambda *_: pytest.fail("an end asked for compiled steps"))

@@ -164,6 +164,7 @@ def test_no_group_ends_above_its_start_however_unlike_the_norms_are(
     assert cost(taus, a[0], 0.1) <= cost(taus, zero, 0.1) + 1e-9  # fp64
 
 
+@pytest.mark.slow
 def test_experts_that_hardly_moved_change_nothing_for_the_others() -> None:
     draws = torch.Generator().manual_seed(0)
     taus = torch.randn(3, 20, generator=draws, dtype=torch.float64) + 1.0
